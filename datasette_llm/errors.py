@@ -1,0 +1,28 @@
+"""The exceptions this package raises itself; everything else arrives as it was raised."""
+
+from __future__ import annotations
+
+import llm
+
+
+class ModelNotFoundError(llm.UnknownModelError):
+    """No such model, or not one this purpose and actor may use.
+
+    Also caught by ``except llm.UnknownModelError`` (and so by ``except KeyError``).
+    """
+
+    def __str__(self) -> str:
+        # KeyError's own __str__ is the repr of its argument: quotes around a sentence.
+        return str(self.args[0]) if self.args else ""
+
+
+class PromptCancelled(Exception):
+    """The prompt was cancelled before it was complete.
+
+    Hook wrappers see it at their ``yield``; readers of the response get it from every read.
+    It is an ordinary exception, so ``except Exception`` settles what has to be settled.
+    """
+
+
+class GroupClosed(RuntimeError):
+    """A prompt was asked of a group whose block has already been left."""

@@ -1,0 +1,75 @@
+"""Both backends, with a virtual clock unless a test asks for the real one."""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio.testing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+
+class AutojumpSelector(selectors.DefaultSelector):
+    """A selector that never waits: when nothing is ready, time jumps to the next timer."""
+
+    now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(None if timeout is None else 0)
+        if not ready and timeout:
+            self.now += timeout
+        return ready
+
+
+class AutojumpLoop(asyncio.SelectorEventLoop):
+    """An asyncio event loop on virtual time.
+
+    Like trio's autojump clock it cannot see threads: a test that touches Datasette's database
+    keeps the real clock, with ``@pytest.mark.real_clock``.
+    """
+
+    def __init__(self) -> None:
+        self._virtual_selector = AutojumpSelector()
+        super().__init__(self._virtual_selector)
+
+    def time(self) -> float:
+        return self._virtual_selector.now
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, Mapping[str, Any]]:
+    """The backend of a test; ``@pytest.mark.real_clock`` keeps the machine's clock."""
+    virtual = request.node.get_closest_marker("real_clock") is None
+    if request.param == "trio":
+        return "trio", ({"clock": trio.testing.MockClock(autojump_threshold=0)} if virtual else {})
+    return "asyncio", ({"loop_factory": AutojumpLoop} if virtual else {})
+
+
+@pytest.fixture(autouse=True)
+def llm_user_path(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty llm configuration directory, so that no key or alias of this machine leaks in."""
+    path = tmp_path_factory.mktemp("llm-user")
+    monkeypatch.setenv("LLM_USER_PATH", str(path))
+    for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "GEMINI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _no_leftover_plugins() -> Iterator[None]:
+    """Unregister what a test registered with llm's and Datasette's plugin managers."""
+    from datasette.plugins import pm as datasette_pm
+    from llm.plugins import load_plugins
+    from llm.plugins import pm as llm_pm
+
+    load_plugins()
+    before = [(pm, set(pm.get_plugins())) for pm in (datasette_pm, llm_pm)]
+    yield
+    for pm, plugins in before:
+        for plugin in set(pm.get_plugins()) - plugins:
+            pm.unregister(plugin)

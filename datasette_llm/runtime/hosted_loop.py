@@ -57,7 +57,7 @@ async def held() -> AsyncIterator[asyncio.AbstractEventLoop]:
     """Yield the loop to use here; it stays open while inside."""
     loop = trio_asyncio.current_loop.get()
     if loop is not None and loop.is_running():
-        _announce(loop)
+        await _announce(loop)
         yield loop
         return
     host = _host.get()
@@ -92,7 +92,7 @@ class _Host:
             async with trio_asyncio.open_loop() as loop:
                 # trio-asyncio would end the loop over an asyncio task whose error nobody retrieved.
                 loop.set_exception_handler(asyncio.BaseEventLoop.default_exception_handler)
-                _announce(loop)
+                await _announce(loop)
                 self.loop = loop
                 self.ready.set()
                 try:
@@ -166,15 +166,17 @@ class ManagerTask(AbstractAsyncContextManager[T]):
         exc: BaseException | None,
         traceback: types.TracebackType | None,
     ) -> bool:
-        error = exc
-        absorbed = False
+        error, absorbed = exc, False
         try:
             absorbed = self._block.__exit__(exc_type, exc, traceback)
         except BaseException as rest:  # what is left of a group without the block's own cancellation
             error = rest
-        interrupted = self._interrupted
-        if isinstance(error, trio.Cancelled) or (interrupted is not None and (absorbed or error is None)):
-            self._error = interrupted or asyncio.CancelledError()
+        # Did the manager's side end the block, rather than the block itself or someone outside?
+        interrupted = self._interrupted if absorbed or error is None else None
+        if interrupted is not None:
+            self._error = interrupted
+        elif isinstance(error, trio.Cancelled):
+            self._error = self._interrupted or asyncio.CancelledError()
         else:
             self._error = error
         self._block_left.set()
@@ -183,12 +185,12 @@ class ManagerTask(AbstractAsyncContextManager[T]):
         finally:
             await self._held.__aexit__(None, None, None)
         if self._task.cancelled():
-            if isinstance(error, trio.Cancelled) and not absorbed:
+            if interrupted is None and isinstance(error, trio.Cancelled):
                 return False
             _raise_cancelled(raise_cancel)
         if self._task.result():
             return True
-        if self._error is interrupted is not None and not isinstance(error, trio.Cancelled):
+        if interrupted is not None:
             _raise_cancelled(raise_cancel)
         if error is not None and error is not exc:
             raise error
@@ -249,7 +251,7 @@ def _raise_cancelled(raise_cancel: Callable[[], NoReturn] | None) -> NoReturn:
     raise RuntimeError("The asyncio code was cancelled, and not by its caller")
 
 
-def _announce(loop: asyncio.AbstractEventLoop) -> None:
+async def _announce(loop: Any) -> None:
     """Have asyncio's C code know the loop as running during the loop's own steps.
 
     trio-asyncio replaces ``asyncio.get_running_loop`` when it is imported; who imported that name
@@ -279,4 +281,5 @@ def _announce(loop: asyncio.AbstractEventLoop) -> None:
                 value = error
                 resume = steps.throw
 
-    loop._main_loop_one = announced_step  # type: ignore[attr-defined]
+    loop._main_loop_one = announced_step
+    await loop.synchronize()  # the step under way is still an unannounced one

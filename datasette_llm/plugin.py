@@ -1,1 +1,54 @@
+"""What Datasette calls: hook implementations that hand over to the modules that do the work."""
 
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from pluggy import HookimplMarker
+
+from .hookspecs import plugin_manager
+
+if TYPE_CHECKING:
+    import click
+    from datasette.app import Datasette
+
+hookimpl = HookimplMarker("datasette")
+logger = logging.getLogger("datasette_llm")
+
+plugin_manager()  # From here on Datasette knows the hooks, before any plugin's implementation is called.
+
+
+@hookimpl
+def startup(datasette: Datasette) -> None:
+    """Stop on a wrong configuration; warn of one that cannot mean what it says."""
+    from .checks import check_configuration
+
+    for problem in check_configuration(datasette):
+        logger.warning("%s", problem)
+
+
+@hookimpl(optionalhook=True)  # Datasette 1.0a40 and later
+def shutdown(datasette: Datasette) -> Any:
+    """Let the prompts that are still running settle, and close the connections."""
+    from .runtime.root import drain
+
+    return drain()
+
+
+@hookimpl
+def register_secrets(datasette: Datasette) -> list[Any]:
+    """Offer a secret for each provider of the installed models, and for each key the configuration names."""
+    from datasette_secrets import Secret
+
+    from .keys import secret_names
+
+    return [Secret(name, description) for name, description in secret_names(datasette).items()]
+
+
+@hookimpl
+def register_commands(cli: click.Group) -> None:
+    """Add ``datasette llm``."""
+    from .cli import register
+
+    register(cli)

@@ -1,0 +1,137 @@
+"""`LLM`: what other plugins call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import llm
+
+from .access import Plan, authorize, filter_by_hooks, get_plan, resolve_model_id
+from .keys import KeyRing
+from .runtime.choice import Choice
+
+if TYPE_CHECKING:
+    from contextlib import AbstractAsyncContextManager
+
+    from datasette.app import Datasette
+
+    from .catalog import AnyAsyncModel
+    from .models import GroupModel, WrappedAsyncModel
+
+
+class LLM:
+    """Language models for a Datasette plugin: chosen, permitted, keyed and accounted for.
+
+    Cheap to make, holds nothing; works on a Datasette whose startup never ran, on asyncio and trio.
+    """
+
+    def __init__(self, datasette: Datasette) -> None:
+        self.datasette = datasette
+
+    async def model(
+        self, model_id: str | None = None, purpose: str | None = None, actor: dict[str, Any] | None = None
+    ) -> WrappedAsyncModel:
+        """Return a model to prompt.
+
+        Args:
+            model_id: an id or alias; else the default for the actor and purpose is used.
+            purpose: what the prompts are for.
+            actor: the Datasette actor they are for.
+
+        Raises:
+            ModelNotFoundError: there is no such model, none is configured, or this actor may not
+                use it for this purpose.
+        """
+        from .models import WrappedAsyncModel
+
+        return WrappedAsyncModel(self.datasette, await self._choose(model_id, purpose, actor))
+
+    async def models(
+        self, actor: dict[str, Any] | None = None, purpose: str | None = None
+    ) -> list[AnyAsyncModel]:
+        """Return llm's model objects that this actor may use for this purpose, the default first."""
+        plan = get_plan(self.datasette, purpose)
+        ids = await filter_by_hooks(self.datasette, plan, purpose, actor)
+        models = [plan.snapshot.get(model_id) for model_id in ids]
+        if plan.settings.require_keys is False:
+            return models
+        ring = KeyRing(self.datasette, actor)
+        return [model for model in models if await ring.can_call(model, plan.key_names(model.model_id))]
+
+    def group(
+        self,
+        model_id: str | None = None,
+        purpose: str | None = None,
+        actor: dict[str, Any] | None = None,
+        *,
+        concurrency: int | None = None,
+        on_error: str = "collect",
+    ) -> AbstractAsyncContextManager[GroupModel]:
+        """Return a context manager that owns all prompts of its model: ``async with llm.group() as model``.
+
+        Args:
+            model_id: as for `model`.
+            purpose: as for `model`.
+            actor: as for `model`.
+            concurrency: how many prompts may be in flight; else as configured.
+            on_error: ``"collect"`` lets the other prompts go on when one fails, ``"cancel"`` does not.
+        """
+        from .runtime.group import open_group
+
+        async def choose() -> Choice:
+            return await self._choose(model_id, purpose, actor)
+
+        return open_group(self.datasette, choose=choose, concurrency=concurrency, on_error=on_error)
+
+    async def get_key_for_model(
+        self, model: Any, actor: dict[str, Any] | None = None, purpose: str | None = None
+    ) -> str | None:
+        """Return the API key that prompts of a model (object, id or alias) would use, if there is one."""
+        plan = get_plan(self.datasette, purpose)
+        model = self._model_object(plan, model)
+        return await KeyRing(self.datasette, actor).key_for(model, plan.key_names(model.model_id))
+
+    async def model_has_key(
+        self, model: Any, actor: dict[str, Any] | None = None, purpose: str | None = None
+    ) -> bool:
+        """Say whether a model (object, id or alias) can be called: it needs no key, or has one."""
+        plan = get_plan(self.datasette, purpose)
+        model = self._model_object(plan, model)
+        return await KeyRing(self.datasette, actor).can_call(model, plan.key_names(model.model_id))
+
+    def _model_object(self, plan: Plan, model: Any) -> Any:
+        if isinstance(model, (llm.AsyncModel, llm.AsyncKeyModel, llm.Model, llm.KeyModel)):
+            return model
+        return plan.snapshot.get(getattr(model, "model_id", model))
+
+    async def _choose(
+        self, model_id: str | None, purpose: str | None, actor: dict[str, Any] | None
+    ) -> Choice:
+        plan = get_plan(self.datasette, purpose)
+        chosen = await resolve_model_id(self.datasette, plan, model_id, purpose, actor)
+        model = await authorize(self.datasette, plan, chosen, purpose, actor)
+        key = await KeyRing(self.datasette, actor).key_for(model, plan.key_names(chosen))
+        if key is not None and (not isinstance(model, llm.AsyncKeyModel) or model.key is not None):
+            # Models of the older kind read their own attribute; and llm prefers it to the key of a call.
+            model.key = key if not isinstance(model, llm.AsyncKeyModel) else None
+        return Choice(
+            model=model,
+            model_id=chosen,
+            key=key,
+            options=plan.options(chosen),
+            purpose=purpose,
+            actor=actor,
+            settings=plan.prompt_settings(chosen),
+        )
+
+    async def _resolve_model_id(
+        self, model_id: str | None = None, purpose: str | None = None, actor: dict[str, Any] | None = None
+    ) -> str:
+        """Return the id that `model` would use, without asking whether it may; plugins call this."""
+        return await resolve_model_id(
+            self.datasette, get_plan(self.datasette, purpose), model_id, purpose, actor
+        )
+
+    def _get_purpose_key_for_model(self, model_id: str, purpose: str | None) -> str | None:
+        """Return the name of the secret that a purpose's section gives a model; plugins call this."""
+        return get_plan(self.datasette, purpose).purpose_key(model_id)

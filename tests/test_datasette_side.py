@@ -6,19 +6,21 @@ import asyncio
 import contextvars
 import sqlite3
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing
 from typing import TYPE_CHECKING, Any
 
 import anyio.lowlevel
 import pytest
 import trio.testing
-import trio_asyncio
 from datasette.app import Datasette
 
 from datasette_llm import runtime
 from datasette_llm._compat import BaseExceptionGroup
 from datasette_llm.runtime import datasette_side as side
 from datasette_llm.runtime import hosted_loop
+from datasette_llm.runtime.hosted_loop import trio_asyncio
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -174,7 +176,7 @@ class TestCall:
         async with anyio.create_task_group() as tasks:
             for number in range(3):
                 tasks.start_soon(side.call, arrive, number)
-        assert arrived == [0, 1, 2]
+        assert sorted(arrived) == [0, 1, 2]
 
 
 def _done_future() -> asyncio.Future[int]:
@@ -478,6 +480,23 @@ class TestHostedLoop:
         assert events == ["started", "cancelled", "ended"]
         assert errors == ["The asyncio code was cancelled, and not by its caller"]
         assert "is cancelled" in caplog.text
+
+    def test_asyncio_itself_keeps_its_own_loops(self) -> None:
+        async def running_loop() -> type:
+            return type(asyncio.get_running_loop())
+
+        assert not issubclass(anyio.run(running_loop, backend="asyncio"), trio_asyncio.BaseTrioEventLoop)
+        assert issubclass(anyio.run(side.call, running_loop, backend="trio"), trio_asyncio.TrioEventLoop)
+
+    @pytest.mark.real_clock
+    async def test_plugins_may_use_thread_pools_of_their_own(self) -> None:
+        async def use_threads() -> list[int]:
+            loop = asyncio.get_running_loop()
+            with ThreadPoolExecutor(1) as pool:
+                own = await loop.run_in_executor(pool, threading.get_ident)
+            return [own, await loop.run_in_executor(None, threading.get_ident), threading.get_ident()]
+
+        assert len(set(await side.call(use_threads))) == 3
 
     async def test_an_error_nobody_retrieves_is_logged_and_ends_nothing(
         self, caplog: pytest.LogCaptureFixture

@@ -15,22 +15,51 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import types
+import warnings
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import anyio
 import trio
-import trio_asyncio
 
 from datasette_llm._compat import BaseExceptionGroup
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
+    from concurrent.futures import Executor
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+
+def _import_trio_asyncio() -> Any:
+    """Import trio-asyncio, but leave asyncio's own loops to asyncio.
+
+    Once imported it answers every ``asyncio.new_event_loop()`` of the process, and so every later
+    ``asyncio.run()``, with a loop of its own that runs on trio: half as fast, and with less in it.
+    A program that imported it before us has chosen so.
+    """
+    chosen = "trio_asyncio" in sys.modules
+    new_event_loop = asyncio.new_event_loop
+    with warnings.catch_warnings():
+        # It derives from asyncio's child watchers, deprecated since Python 3.12.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            import trio_asyncio
+        except AttributeError as error:
+            raise RuntimeError(
+                f"The installed trio-asyncio does not work on Python {sys.version_info[0]}."
+                f"{sys.version_info[1]} ({error}); use the asyncio backend here"
+            ) from error
+    if not chosen:
+        asyncio.new_event_loop = asyncio.events.new_event_loop = new_event_loop
+    return trio_asyncio
+
+
+trio_asyncio = _import_trio_asyncio()
 
 # How long the loop outlives trio's main task for those who still hold it: longer than the grace
 # period of a supervisor (5 s) and its exit hooks, yet no stuck plugin keeps the process for ever.
@@ -57,7 +86,7 @@ async def held() -> AsyncIterator[asyncio.AbstractEventLoop]:
     """Yield the loop to use here; it stays open while inside."""
     loop = trio_asyncio.current_loop.get()
     if loop is not None and loop.is_running():
-        await _announce(loop)
+        await _fit(loop)
         yield loop
         return
     host = _host.get()
@@ -92,7 +121,7 @@ class _Host:
             async with trio_asyncio.open_loop() as loop:
                 # trio-asyncio would end the loop over an asyncio task whose error nobody retrieved.
                 loop.set_exception_handler(asyncio.BaseEventLoop.default_exception_handler)
-                await _announce(loop)
+                await _fit(loop)
                 self.loop = loop
                 self.ready.set()
                 try:
@@ -251,15 +280,27 @@ def _raise_cancelled(raise_cancel: Callable[[], NoReturn] | None) -> NoReturn:
     raise RuntimeError("The asyncio code was cancelled, and not by its caller")
 
 
-async def _announce(loop: Any) -> None:
-    """Have asyncio's C code know the loop as running during the loop's own steps.
+async def _fit(loop: Any) -> None:
+    """Teach a hosted loop what Datasette and anyio expect of a loop and trio-asyncio lacks (once).
 
-    trio-asyncio replaces ``asyncio.get_running_loop`` when it is imported; who imported that name
-    earlier (anyio's asyncio backend, in a process that uses both) would see no loop at all.
+    - Datasette hands the loop a thread pool of its own (before 1.0a40 or so, and plugins still do).
+    - asyncio's C code must see the loop running while its steps run. trio-asyncio replaces
+      ``asyncio.get_running_loop`` when it is imported; who took that name earlier, as anyio's
+      asyncio backend does in a process that uses both backends, would see no loop at all.
     """
-    step: Callable[..., Coroutine[Any, Any, None]] | None = getattr(loop, "_main_loop_one", None)
-    if step is None or "_main_loop_one" in vars(loop):
+    if "run_in_executor" in vars(loop):
         return
+    hosted_run_in_executor = loop.run_in_executor
+
+    def run_in_executor(executor: Executor | None, function: Callable[..., T], *args: Any) -> Awaitable[T]:
+        if executor is None or isinstance(executor, trio_asyncio.TrioExecutor):
+            answer: Awaitable[T] = hosted_run_in_executor(executor, function, *args)
+            return answer
+        return asyncio.wrap_future(executor.submit(function, *args), loop=loop)
+
+    loop.run_in_executor = run_in_executor
+
+    step: Callable[[bool], Coroutine[Any, Any, None]] = loop._main_loop_one
 
     @types.coroutine
     def announced_step(no_wait: bool = False) -> Generator[Any, Any, None]:

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import logging
-import os
 import time
 from typing import TYPE_CHECKING, Any
 
 import llm
 from llm.plugins import load_plugins, pm
 
+from . import llm_files
 from .errors import ModelNotFoundError
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ logger = logging.getLogger("datasette_llm")
 
 # A model plugin may list what its provider offers today.
 MAX_AGE_SECONDS = 60.0
-
-FILES = ("aliases.json", "extra-openai-models.yaml")
 
 AnyAsyncModel = llm.AsyncModel | llm.AsyncKeyModel
 
@@ -75,7 +74,7 @@ class Snapshot:
         model_id = self._ids.get(name)
         if model_id is None:
             raise self.not_found(name)
-        return copy.copy(self._models[model_id])
+        return _copy(self._models[model_id])
 
     def not_found(self, name: str) -> ModelNotFoundError:
         """Return the error that says what is wrong with a name."""
@@ -93,6 +92,23 @@ class Snapshot:
         return "; `llm models` lists what is installed"
 
 
+def _copy(model: AnyAsyncModel) -> AnyAsyncModel:
+    """Return ``copy.copy(model)``, in a quarter of the time for a class without wishes of its own."""
+    kind = type(model)
+    if not _is_plain(kind):
+        return copy.copy(model)
+    twin = object.__new__(kind)
+    twin.__dict__.update(model.__dict__)
+    return twin
+
+
+@functools.cache
+def _is_plain(kind: type) -> bool:
+    hooks = ("__copy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__", "__getnewargs_ex__")
+    usual = all(getattr(kind, hook, None) is getattr(object, hook, None) for hook in hooks)
+    return usual and not any(base.__dict__.get("__slots__") for base in kind.__mro__)
+
+
 _current: tuple[Any, float, Snapshot] | None = None
 
 
@@ -102,7 +118,7 @@ def get_snapshot() -> Snapshot:
     load_plugins()  # type: ignore[no-untyped-call]
     # HookImpl objects are made by each registration, so this sees a plugin that was taken out
     # and put back with other models, too.
-    fingerprint = (pm.hook.register_models.get_hookimpls(), _file_states())
+    fingerprint = (pm.hook.register_models.get_hookimpls(), llm_files.check().models)
     known = _current
     if known is not None and known[0] == fingerprint and time.monotonic() - known[1] < MAX_AGE_SECONDS:
         return known[2]
@@ -116,28 +132,3 @@ def get_snapshot() -> Snapshot:
         snapshot = known[2]
     _current = (fingerprint, time.monotonic(), snapshot)
     return snapshot
-
-
-_user_dir: tuple[str | None, str] | None = None
-
-
-def user_file(name: str) -> str:
-    """Return the path of a file in llm's configuration directory."""
-    global _user_dir
-    configured = os.environ.get("LLM_USER_PATH")
-    if _user_dir is None or _user_dir[0] != configured:
-        _user_dir = (configured, str(llm.user_dir()))  # type: ignore[no-untyped-call]
-    return os.path.join(_user_dir[1], name)
-
-
-def file_state(path: str) -> tuple[int, int, int] | None:
-    """Return what changes when a file does; ``None`` if there is no such file."""
-    try:
-        stat = os.stat(path)
-    except OSError:
-        return None
-    return (stat.st_mtime_ns, stat.st_size, stat.st_ino)
-
-
-def _file_states() -> list[tuple[int, int, int] | None]:
-    return [file_state(user_file(name)) for name in FILES]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import llm
 
 from .access import Plan, authorize, filter_by_hooks, get_plan, resolve_model_id
 from .keys import KeyRing
+from .models import WrappedAsyncModel, open_group
 from .runtime.choice import Choice
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from datasette.app import Datasette
 
     from .catalog import AnyAsyncModel
-    from .models import GroupModel, WrappedAsyncModel
+    from .models import GroupModel
 
 
 class LLM:
@@ -42,8 +43,6 @@ class LLM:
             ModelNotFoundError: there is no such model, none is configured, or this actor may not
                 use it for this purpose.
         """
-        from .models import WrappedAsyncModel
-
         return WrappedAsyncModel(self.datasette, await self._choose(model_id, purpose, actor))
 
     async def models(
@@ -65,7 +64,7 @@ class LLM:
         actor: dict[str, Any] | None = None,
         *,
         concurrency: int | None = None,
-        on_error: str = "collect",
+        on_error: Literal["collect", "cancel"] = "collect",
     ) -> AbstractAsyncContextManager[GroupModel]:
         """Return a context manager that owns all prompts of its model: ``async with llm.group() as model``.
 
@@ -76,7 +75,7 @@ class LLM:
             concurrency: how many prompts may be in flight; else as configured.
             on_error: ``"collect"`` lets the other prompts go on when one fails, ``"cancel"`` does not.
         """
-        from .runtime.group import open_group
+        from .models import open_group
 
         async def choose() -> Choice:
             return await self._choose(model_id, purpose, actor)

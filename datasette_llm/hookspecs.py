@@ -70,6 +70,9 @@ def llm_default_model(
     """
 
 
+_manager: PluginManager | None = None
+
+
 def plugin_manager() -> PluginManager:
     """Return Datasette's plugin manager, which knows these hooks from then on.
 
@@ -77,10 +80,13 @@ def plugin_manager() -> PluginManager:
     names from this package: so that import happens here, at the first call, and never while this
     package is itself half imported.
     """
-    from datasette.plugins import pm
+    global _manager
+    if _manager is None:
+        from datasette.plugins import pm
 
-    manager: PluginManager = pm
-    hook = getattr(pm.hook, "llm_filter_models", None)
-    if hook is None or not hook.has_spec():
-        pm.add_hookspecs(sys.modules[__name__])
-    return manager
+        # Importing it may have loaded our own plugin, which called this function.
+        hook = getattr(pm.hook, "llm_filter_models", None)
+        if hook is None or not hook.has_spec():
+            pm.add_hookspecs(sys.modules[__name__])
+        _manager = pm
+    return _manager

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 import llm
 from datasette.utils import StartupError
 
-from .catalog import file_state, get_snapshot, user_file
+from . import llm_files
+from .catalog import get_snapshot
 from .runtime import datasette_side
-from .settings import get_settings
+from .settings import get_settings, plugin_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -105,7 +106,7 @@ class KeyRing:
         return self._found[name]
 
     async def _stored_secret(self, name: str) -> str | None:
-        if not (self._datasette.plugin_config("datasette-secrets") or {}).get("encryption-key"):
+        if not _has_stored_secrets(self._datasette):
             return None
         from datasette_secrets import get_secret
 
@@ -120,6 +121,10 @@ class KeyRing:
         return value
 
 
+def _has_stored_secrets(datasette: Datasette) -> bool:
+    return bool((plugin_config(datasette, "datasette-secrets") or {}).get("encryption-key"))
+
+
 _stored_keys: tuple[Any, dict[str, str]] | None = None
 
 
@@ -132,10 +137,9 @@ def _llm_key(model: Any, needs_key: str) -> str | None:
             return model.get_key() or None
         except llm.NeedsKeyException:
             return None
-    path = user_file("keys.json")
-    state = (path, file_state(path))
-    if _stored_keys is None or _stored_keys[0] != state:
-        _stored_keys = (state, _load_keys(path) if state[1] else {})
+    files = llm_files.latest()
+    if _stored_keys is None or _stored_keys[0] != files.keys:
+        _stored_keys = (files.keys, _load_keys(files.keys_path))
     if needs_key in _stored_keys[1]:
         return _stored_keys[1][needs_key] or None
     variable = getattr(model, "key_env_var", None)
@@ -146,6 +150,8 @@ def _load_keys(path: str) -> dict[str, str]:
     try:
         with open(path, encoding="utf-8") as file:
             stored = json.load(file)
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError) as error:
         logger.warning("llm's keys.json could not be read: %s", type(error).__name__)
         return {}

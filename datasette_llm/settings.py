@@ -10,6 +10,7 @@ because any of them may be a secret. Whatever is ``null`` or absent has its defa
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from dataclasses import replace
@@ -269,7 +270,7 @@ def parse_settings(config: Any) -> PluginSettings:
     raise StartupError("\n".join(lines))
 
 
-_parsed: WeakKeyDictionary[Datasette, tuple[Any, PluginSettings]] = WeakKeyDictionary()
+_parsed: WeakKeyDictionary[Datasette, tuple[Any, Any, PluginSettings]] = WeakKeyDictionary()
 
 
 def get_settings(datasette: Datasette) -> PluginSettings:
@@ -280,13 +281,33 @@ def get_settings(datasette: Datasette) -> PluginSettings:
     Raises:
         StartupError: see `parse_settings`.
     """
-    config = datasette.plugin_config(PLUGIN_NAME)
     known = _parsed.get(datasette)
-    if known is not None and known[0] == config:
-        return known[1]
+    written = _written(datasette, PLUGIN_NAME)
+    if known is not None and known[0] == written:
+        return known[2]
+    config = datasette.plugin_config(PLUGIN_NAME)
+    if known is not None and known[1] == config:
+        return known[2]
     settings = parse_settings(config)
-    _parsed[datasette] = (config, settings)
+    # What is written with $env or $file means something else once those change, so it equals nothing.
+    _parsed[datasette] = (copy.deepcopy(written) if written == config else object(), config, settings)
     return settings
+
+
+def plugin_config(datasette: Datasette, name: str) -> Any:
+    """Return a plugin's configuration; at once if there is none, which is the usual case."""
+    return datasette.plugin_config(name) if _written(datasette, name) is not None else None
+
+
+def _written(datasette: Datasette, name: str) -> Any:
+    """Return a plugin's configuration as it was written, which takes a tenth of the time.
+
+    An object that is only like a Datasette may not have it; what is returned then equals nothing.
+    """
+    try:
+        return ((datasette.config or {}).get("plugins") or {}).get(name)
+    except AttributeError:
+        return object()
 
 
 # How a section is found on the way down a path, to suggest its nearest key.

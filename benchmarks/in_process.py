@@ -1,0 +1,91 @@
+"""What this package costs without a network: per prompt, per lookup, and in memory."""
+
+from __future__ import annotations
+
+import resource
+import time
+from typing import TYPE_CHECKING
+
+from .models import MODEL_ID
+from .provider import answer_text
+from .ways import open_group
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .work import Result, Work
+
+
+def resident_mb() -> float:
+    """Return the memory this process has now (where the system tells; else the most it ever had)."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize() / 1e6
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+async def instant_plain_llm(work: Work, prompts: list[str], result: Result) -> None:
+    """A loop over plain llm, one prompt after the other: nothing can cost less."""
+    import llm
+
+    model = llm.get_async_model(MODEL_ID)
+    for prompt in prompts:
+        result.check(await model.prompt(prompt).text(), answer_text(prompt))
+
+
+async def instant_map(work: Work, prompts: list[str], result: Result) -> None:
+    """The same through ``map``."""
+    async with open_group(work) as model:
+        async for prompt, response in model.map(prompts):
+            result.check(await response.text(), answer_text(prompt))
+
+
+async def instant_prompt(work: Work, prompts: list[str], result: Result) -> None:
+    """The same through ``prompt()`` in a group."""
+    async with open_group(work) as model:
+        for prompt in prompts:
+            response = await model.prompt(prompt)
+            result.check(await response.text(), answer_text(prompt))
+
+
+async def lookup_llm(work: Work, prompts: list[str], result: Result) -> None:
+    """llm's own lookup of a model."""
+    import llm
+
+    for _ in range(work.n):
+        llm.get_async_model(MODEL_ID)
+    result.right = work.n
+
+
+async def lookup_facade(work: Work, prompts: list[str], result: Result) -> None:
+    """``await LLM(datasette).model()``."""
+    from datasette.app import Datasette
+
+    from datasette_llm import LLM
+
+    facade = LLM(Datasette(memory=True, config={"plugins": {"datasette-llm": {"default_model": MODEL_ID}}}))
+    await facade.model()
+    result.cpu, result.wall = -time.process_time(), -time.perf_counter()
+    for _ in range(work.n):
+        await facade.model()
+    result.cpu += time.process_time()
+    result.wall += time.perf_counter()
+    result.right = work.n
+
+
+async def memory_of_map(work: Work, prompts: list[str], result: Result) -> None:
+    """Memory while ``map`` goes over very many items that are made as it asks for them."""
+    marks = {max(1, work.n * percent // 100): f"{percent} %" for percent in (1, 20, 100)}
+
+    def items() -> Iterator[str]:
+        for number in range(work.n):
+            yield f"item {number}"
+
+    async with open_group(work) as model:
+        done = 0
+        async for item, response in model.map(items()):
+            result.check(await response.text(), answer_text(item))
+            done += 1
+            if done in marks:
+                result.extra[marks[done]] = round(resident_mb(), 1)

@@ -1,0 +1,86 @@
+"""One measurement, in a process of its own: so CPU time and memory are its own.
+
+``python -m benchmarks.measure '{"way": "map", ...}'`` prints a ``Result`` as JSON.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+import sys
+import time
+import warnings
+from typing import TYPE_CHECKING
+
+import anyio
+
+from . import in_process, page, ways
+from .launch import Server
+from .models import registered
+from .rows import prompts
+from .work import Result, Work
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    Way = Callable[[Work, list[str], Result], Awaitable[None]]
+
+OVER_HTTP: dict[str, Way] = {
+    "map": ways.through_map,
+    "prompt": ways.through_prompt,
+    "plain llm": ways.through_plain_llm,
+    "openai client": ways.through_openai,
+    "page": page.pages_during_enrichment,
+}
+IN_PROCESS: dict[str, Way] = {
+    "instant plain llm": in_process.instant_plain_llm,
+    "instant map": in_process.instant_map,
+    "instant prompt": in_process.instant_prompt,
+    "lookup llm": in_process.lookup_llm,
+    "lookup": in_process.lookup_facade,
+    "memory": in_process.memory_of_map,
+}
+
+
+async def measure(work: Work) -> Result:
+    """Do the work once to warm up (a few prompts), once to measure."""
+    over_http = work.way in OVER_HTTP
+    way = OVER_HTTP.get(work.way) or IN_PROCESS[work.way]
+    if work.way != "memory":
+        texts = prompts(min(work.n, 10_000))
+        texts = (texts * (work.n // len(texts) + 1))[: work.n]
+    else:
+        texts = []
+    result = Result(work.n)
+    with registered(work.url if over_http else ""):
+        if over_http:
+            server = Server(work.url)
+            server.configure()
+        if work.way not in ("memory", "page"):
+            # What a library does once, at its first call, is not what is measured.
+            await way(Work(**(work.as_dict() | {"n": 3})), texts[:3], Result(3))
+        if over_http:
+            server.configure(**work.server)
+        gc.collect()
+        cpu, wall = time.process_time(), time.perf_counter()
+        await way(work, texts, result)
+        result.cpu = result.cpu or time.process_time() - cpu
+        result.wall = result.wall or time.perf_counter() - wall
+        if over_http:
+            result.server = server.counts
+    result.peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    return result
+
+
+def main() -> None:
+    """Measure what the command line says and print the result."""
+    work = Work(**json.loads(sys.argv[1]))
+    # Plain llm leaves its clients and generators to the garbage collector, which says so on trio.
+    warnings.simplefilter("ignore", ResourceWarning)
+    result = anyio.run(measure, work, backend=work.backend)
+    print(json.dumps(result.as_dict()))
+
+
+if __name__ == "__main__":
+    main()

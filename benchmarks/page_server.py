@@ -1,0 +1,79 @@
+"""A Datasette server that serves a table and, when asked to, enriches it at the same time.
+
+``python -m benchmarks.page_server PROVIDER_URL DATABASE CONCURRENCY`` prints its address.
+``/-/benchmark-start`` starts the enrichment as a background task, ``/-/benchmark-state`` says how
+far it is.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from datasette import Response, hookimpl
+from datasette.app import Datasette
+from datasette.plugins import pm
+
+from datasette_llm import enrich
+
+from .models import MODEL_ID, registered
+
+PROMPT = "Describe the surroundings of {{ name }} ({{ iata }}) in {{ city }}, {{ state }}."
+
+
+class EnrichmentOnDemand:
+    """The plugin that starts the enrichment."""
+
+    __name__ = "benchmark-pages"
+
+    def __init__(self, table: str, concurrency: int) -> None:
+        self.table = table
+        self.concurrency = concurrency
+        self.task: Any = None
+
+    async def enrich(self, datasette: Datasette) -> None:
+        await enrich(
+            datasette, self.table, "airports", PROMPT, column="surroundings", concurrency=self.concurrency
+        )
+
+    @hookimpl  # type: ignore[untyped-decorator]
+    def register_routes(self) -> list[tuple[str, Any]]:
+        async def start(datasette: Datasette) -> Response:
+            self.task = datasette.add_background_task(self.enrich, name="benchmark")
+            return Response.json({"state": "running"})
+
+        async def state() -> Response:
+            error = self.task.exception
+            return Response.json({"state": self.task.state, "error": repr(error) if error else None})
+
+        return [(r"^/-/benchmark-start$", start), (r"^/-/benchmark-state$", state)]
+
+
+def main() -> None:
+    """Serve until standard input closes."""
+    url, path, concurrency = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    datasette = Datasette(
+        [path],
+        config={"plugins": {"datasette-llm": {"default_model": MODEL_ID}}},
+        settings={"num_sql_threads": 3},
+    )
+    pm.register(EnrichmentOnDemand(Path(path).stem, concurrency))
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(datasette.app(), log_level="warning"))
+
+    def stop_with_parent() -> None:
+        sys.stdin.read()
+        server.should_exit = True
+
+    threading.Thread(target=stop_with_parent, daemon=True).start()
+    print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
+    with registered(url):
+        server.run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    main()

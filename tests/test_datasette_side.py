@@ -113,6 +113,24 @@ class TestCall:
         assert scope.cancelled_caught
         assert events in ([], ["started", "cancelled", "ended"])
 
+    async def test_code_that_swallows_its_cancellation_is_cancelled_again(self) -> None:
+        swallowed = 0
+
+        async def stubborn() -> None:
+            nonlocal swallowed
+            while True:
+                try:
+                    await asyncio.sleep(3600)
+                except asyncio.CancelledError:
+                    swallowed += 1
+                    if swallowed == 3:
+                        raise
+
+        with anyio.move_on_after(1) as scope:
+            await side.call(stubborn)
+        assert scope.cancelled_caught
+        assert swallowed == 3
+
     async def test_a_shielded_caller_is_not_disturbed(self) -> None:
         with anyio.CancelScope() as scope:
             scope.cancel()

@@ -65,6 +65,13 @@ trio_asyncio = _import_trio_asyncio()
 # period of a supervisor (5 s) and its exit hooks, yet no stuck plugin keeps the process for ever.
 LINGER_SECONDS = 20.0
 
+# asyncio cancels once, which code may swallow or hang after; trio's deadlines must end it all the same.
+# Long enough for the cleanup of code that means well.
+CANCEL_AGAIN_SECONDS = 1.0
+
+# Enough to save most trips through trio's scheduler; a trio task waits for so many at most.
+CALLBACKS_PER_CHECKPOINT = 20
+
 _host: trio.lowlevel.RunVar[_Host | None] = trio.lowlevel.RunVar("datasette_llm hosted loop", default=None)
 
 
@@ -263,7 +270,7 @@ async def _wait_for(future: asyncio.Future[Any], task: asyncio.Task[Any]) -> Cal
         raise_cancel = raise_it
         # Behind what is queued already: the task starts (so no coroutine is dropped unawaited), or
         # takes the block's exception, before it is cancelled.
-        task.get_loop().call_soon(task.cancel)
+        task.get_loop().call_soon(_cancel_until_done, task)
         return trio.lowlevel.Abort.FAILED
 
     if future.done():
@@ -271,6 +278,12 @@ async def _wait_for(future: asyncio.Future[Any], task: asyncio.Task[Any]) -> Cal
     future.add_done_callback(lambda _: trio.lowlevel.reschedule(caller))
     await trio.lowlevel.wait_task_rescheduled(abort)
     return raise_cancel
+
+
+def _cancel_until_done(task: asyncio.Task[Any]) -> None:
+    if not task.done():
+        task.cancel()
+        task.get_loop().call_later(CANCEL_AGAIN_SECONDS, _cancel_until_done, task)
 
 
 def _raise_cancelled(raise_cancel: Callable[[], NoReturn] | None) -> NoReturn:
@@ -287,6 +300,8 @@ async def _fit(loop: Any) -> None:
     - asyncio's C code must see the loop running while its steps run. trio-asyncio replaces
       ``asyncio.get_running_loop`` when it is imported; who took that name earlier, as anyio's
       asyncio backend does in a process that uses both backends, would see no loop at all.
+    - Callbacks that are ready run in one go (measured: 30 callers at once, a query each: 110 us
+      instead of 180); trio-asyncio makes a timeout scope and a trip through trio's scheduler of each.
     """
     if "run_in_executor" in vars(loop):
         return
@@ -304,23 +319,35 @@ async def _fit(loop: Any) -> None:
 
     @types.coroutine
     def announced_step(no_wait: bool = False) -> Generator[Any, Any, None]:
-        steps = step(no_wait)
-        resume: Callable[[Any], Any] = steps.send
-        value: Any = None
-        while True:
-            asyncio._set_running_loop(loop)
+        if not no_wait:
             try:
-                trap = resume(value)
-            except StopIteration:
-                return
-            finally:
-                asyncio._set_running_loop(None)
-            try:
-                value = yield trap
-                resume = steps.send
-            except BaseException as error:
-                value = error
-                resume = steps.throw
+                for _ in range(CALLBACKS_PER_CHECKPOINT):
+                    yield from _announced(loop, step(True))
+            except trio.WouldBlock:
+                pass
+        yield from _announced(loop, step(no_wait))
 
     loop._main_loop_one = announced_step
     await loop.synchronize()  # the step under way is still an unannounced one
+
+
+def _announced(
+    loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, None]
+) -> Generator[Any, Any, None]:
+    """Await ``coroutine``; while it runs, and not while it waits, ``loop`` is the running one."""
+    resume: Callable[[Any], Any] = coroutine.send
+    value: Any = None
+    while True:
+        asyncio._set_running_loop(loop)
+        try:
+            trap = resume(value)
+        except StopIteration:
+            return
+        finally:
+            asyncio._set_running_loop(None)
+        try:
+            value = yield trap
+            resume = coroutine.send
+        except BaseException as error:
+            value = error
+            resume = coroutine.throw

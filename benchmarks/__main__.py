@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -19,18 +20,17 @@ from .scenarios import Scenario, all_scenarios
 from .work import Result
 
 if TYPE_CHECKING:
-    from .launch import Server
+    from collections.abc import Callable, Iterator
+
     from .work import Work
 
-# Longer than any measurement takes on a slow machine; one that hangs must not hang the rest.
-LONGEST_SECONDS = 900
 
-
-def run_work(work: Work) -> Result:
-    """Run one measurement in a process of its own.
+@contextmanager
+def measuring() -> Iterator[Callable[[Work], Result | None]]:
+    """Yield a function that has a measurement made, each in a process of its own.
 
     Only this package and what it needs are loaded as plugins, and no configuration or key of this
-    machine is seen.
+    machine is seen. It returns ``None`` for a measurement that failed, which says why itself.
     """
     with tempfile.TemporaryDirectory() as directory:
         environment = os.environ | {
@@ -39,33 +39,42 @@ def run_work(work: Work) -> Result:
             "LLM_USER_PATH": directory,
             "OPENAI_API_KEY": KEY,
         }
-        command = [sys.executable, "-m", "benchmarks.measure", json.dumps(work.as_dict())]
-        finished = subprocess.run(
-            command,
+        with subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.measure"],
             cwd=ROOT,
             env=environment,
-            capture_output=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             text=True,
-            timeout=LONGEST_SECONDS,
-            check=False,
-        )
-    if finished.returncode:
-        raise RuntimeError(f"{work.way} failed:\n{finished.stderr}")
-    return Result.from_dict(json.loads(finished.stdout.splitlines()[-1]))
+        ) as process:
+            stdin, stdout = process.stdin, process.stdout
+            assert stdin is not None
+            assert stdout is not None
+
+            def run(work: Work) -> Result | None:
+                if process.poll() is None:
+                    print(json.dumps(work.as_dict()), file=stdin, flush=True)
+                line = stdout.readline()
+                if not line:
+                    raise RuntimeError("the process that measures has ended")
+                found = json.loads(line)
+                return None if found is None else Result.from_dict(found)
+
+            yield run
+            stdin.close()
 
 
-def run_scenario(scenario: Scenario, backend: str, server: Server, runs: int) -> report.Outcome:
+def run_scenario(
+    scenario: Scenario, backend: str, run: Callable[[Work], Result | None], url: str, runs: int
+) -> report.Outcome:
     """Run all ways of a scenario, one after the other, as often as asked."""
     measured: dict[str, list[Result]] = {}
     for _ in range(1 if scenario.once else runs):
         for label, work in scenario.works.items():
             report.log(f"  {scenario.name} on {backend}: {label}")
-            try:
-                result = run_work(replace(work, backend=backend, url=server.url))
-            except (RuntimeError, subprocess.TimeoutExpired) as error:
-                report.log(f"  could not be measured: {error}")
-                continue
-            measured.setdefault(label, []).append(result)
+            result = run(replace(work, backend=backend, url=url))
+            if result is not None:
+                measured.setdefault(label, []).append(result)
     return report.Outcome(
         scenario, backend, {label: report.middle(results) for label, results in measured.items()}
     )
@@ -86,12 +95,12 @@ def main() -> int:
     backends = ("asyncio", "trio") if arguments.backend == "all" else (arguments.backend,)
 
     outcomes = []
-    with running_server() as server:
+    with running_server() as server, measuring() as run:
         for backend in backends:
             for scenario in scenarios:
                 if backend not in scenario.backends or scenario.name not in (arguments.scenario or names):
                     continue
-                outcome = run_scenario(scenario, backend, server, runs)
+                outcome = run_scenario(scenario, backend, run, server.url, runs)
                 outcomes.append(outcome)
                 path = report.save([outcome], quick=arguments.quick, runs=runs)
 

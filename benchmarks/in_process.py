@@ -6,6 +6,11 @@ import resource
 import time
 from typing import TYPE_CHECKING
 
+import llm
+from datasette.app import Datasette
+
+from datasette_llm import LLM
+
 from .models import MODEL_ID
 from .provider import answer_text
 from .ways import open_group
@@ -27,8 +32,6 @@ def resident_mb() -> float:
 
 async def instant_plain_llm(work: Work, prompts: list[str], result: Result) -> None:
     """A loop over plain llm, one prompt after the other: nothing can cost less."""
-    import llm
-
     model = llm.get_async_model(MODEL_ID)
     for prompt in prompts:
         result.check(await model.prompt(prompt).text(), answer_text(prompt))
@@ -51,8 +54,6 @@ async def instant_prompt(work: Work, prompts: list[str], result: Result) -> None
 
 async def lookup_llm(work: Work, prompts: list[str], result: Result) -> None:
     """llm's own lookup of a model."""
-    import llm
-
     for _ in range(work.n):
         llm.get_async_model(MODEL_ID)
     result.right = work.n
@@ -60,10 +61,6 @@ async def lookup_llm(work: Work, prompts: list[str], result: Result) -> None:
 
 async def lookup_facade(work: Work, prompts: list[str], result: Result) -> None:
     """``await LLM(datasette).model()``."""
-    from datasette.app import Datasette
-
-    from datasette_llm import LLM
-
     facade = LLM(Datasette(memory=True, config={"plugins": {"datasette-llm": {"default_model": MODEL_ID}}}))
     await facade.model()
     result.cpu, result.wall = -time.process_time(), -time.perf_counter()

@@ -1,15 +1,19 @@
-"""One measurement, in a process of its own: so CPU time and memory are its own.
+"""Measurements, each in a process of its own: so CPU time and memory are its own.
 
-``python -m benchmarks.measure '{"way": "map", ...}'`` prints a ``Result`` as JSON.
+``python -m benchmarks.measure`` reads one ``Work`` as JSON per line and prints one ``Result`` per
+line, ``null`` for a measurement that failed. It imports everything once and forks for each.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import os
 import resource
+import signal
 import sys
 import time
+import traceback
 import warnings
 from typing import TYPE_CHECKING
 
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     Way = Callable[[Work, list[str], Result], Awaitable[None]]
+
+LONGEST_SECONDS = 900
 
 OVER_HTTP: dict[str, Way] = {
     "map": ways.through_map,
@@ -74,12 +80,28 @@ async def measure(work: Work) -> Result:
 
 
 def main() -> None:
-    """Measure what the command line says and print the result."""
-    work = Work(**json.loads(sys.argv[1]))
+    """Fork for each line of standard input, and wait."""
     # Plain llm leaves its clients and generators to the garbage collector, which says so on trio.
     warnings.simplefilter("ignore", ResourceWarning)
-    result = anyio.run(measure, work, backend=work.backend)
-    print(json.dumps(result.as_dict()))
+    for line in sys.stdin:
+        gc.freeze()
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                # One that hangs must not hang the rest; the signal ends the process.
+                signal.alarm(LONGEST_SECONDS)
+                work = Work(**json.loads(line))
+                result = anyio.run(measure, work, backend=work.backend)
+                print(json.dumps(result.as_dict()), flush=True)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        if os.waitpid(child, 0)[1]:
+            print("null", flush=True)
 
 
 if __name__ == "__main__":

@@ -52,12 +52,12 @@ def registered(url: str) -> Iterator[None]:
         def register_models(self, register: Callable[..., None]) -> None:
             if url:
                 options: dict[str, Any] = {"model_name": MODEL_ID, "api_base": url, "key": KEY}
-                both = [kind(MODEL_ID, **options) for kind in (Chat, AsyncChat)]  # type: ignore[no-untyped-call]
+                both = [kind(MODEL_ID, **options) for kind in (Chat, AsyncChat)]
                 register(*both)
             else:
                 register(_Sync(), Instant())
 
-    load_plugins()  # type: ignore[no-untyped-call]
+    load_plugins()
     plugin = Plugin()
     pm.register(plugin)
     try:

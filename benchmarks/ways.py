@@ -11,6 +11,11 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import llm
+import openai
+from datasette.app import Datasette
+
+from datasette_llm import LLM
 
 from .models import KEY, MODEL_ID
 from .provider import answer_text
@@ -24,10 +29,6 @@ if TYPE_CHECKING:
 
 def open_group(work: Work) -> AbstractAsyncContextManager[Any]:
     """Return a group as a plugin opens one, in a Datasette that configures only the model."""
-    from datasette.app import Datasette
-
-    from datasette_llm import LLM
-
     datasette = Datasette(memory=True, config={"plugins": {"datasette-llm": {"default_model": MODEL_ID}}})
     group: AbstractAsyncContextManager[Any] = LLM(datasette).group(concurrency=work.concurrency)
     return group
@@ -79,8 +80,6 @@ async def through_prompt(work: Work, prompts: list[str], result: Result) -> None
 
 async def through_plain_llm(work: Work, prompts: list[str], result: Result) -> None:
     """Plain llm with a semaphore, as its documentation has one prompt."""
-    import llm
-
     firsts: list[float] = []
     chunks = 0
 
@@ -102,8 +101,6 @@ async def through_plain_llm(work: Work, prompts: list[str], result: Result) -> N
 
 async def through_openai(work: Work, prompts: list[str], result: Result) -> None:
     """A loop over one shared openai client: the least that real HTTP can cost with it."""
-    import openai
-
     async with openai.AsyncOpenAI(base_url=work.url, api_key=KEY) as client:
 
         async def one(prompt: str) -> None:

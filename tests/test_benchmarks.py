@@ -5,20 +5,31 @@ from __future__ import annotations
 import json
 import socket
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+from xml.etree import ElementTree
 
 import anyio
 import httpx2
 import openai
 import pytest
 
+from benchmarks import report
+from benchmarks.__main__ import measuring
+from benchmarks.chart import chart
+from benchmarks.measure import IN_PROCESS, OVER_HTTP
 from benchmarks.provider import Counts, Provider, Settings, answer_text
+from benchmarks.report import Outcome, middle
+from benchmarks.rows import prompts
+from benchmarks.scenarios import all_scenarios
+from benchmarks.work import Result, Work
 
 from .provider import provider_server
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from benchmarks.launch import Server
 
@@ -219,3 +230,84 @@ def test_a_prompt_sent_again_may_fare_better() -> None:
     statuses = [provider.answer(body("again"), "").status for _ in range(50)]
     assert set(statuses) == {200, 500}
     assert isinstance(provider.counts, Counts)
+
+
+def test_every_scenario_asks_for_what_there_is() -> None:
+    for quick in (True, False):
+        for scenario in all_scenarios(quick=quick):
+            for label, work in scenario.works.items():
+                assert work.way in OVER_HTTP | IN_PROCESS, (scenario.name, label)
+                Settings().changed(work.server)
+    assert len(set(prompts(10_000))) == 10_000
+
+
+@pytest.fixture(scope="module")
+def measure(shared_server: Server) -> Iterator[Callable[[Work], Result]]:
+    with measuring() as run:
+
+        def measured(work: Work) -> Result:
+            result = run(replace(work, url=shared_server.url))
+            assert result is not None
+            return result
+
+        yield measured
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@pytest.mark.parametrize("way", [*OVER_HTTP, *IN_PROCESS])
+def test_every_way_gets_right_answers(measure: Callable[[Work], Result], way: str, backend: str) -> None:
+    if way == "page" and backend == "trio":
+        pytest.skip("Datasette's server is asyncio's")
+    work = Work(way, 100 if way == "memory" else 4, 2, stream=way == "prompt", backend=backend)
+    result = measure(work)
+    assert (result.right, result.wrong, result.failed) == (work.n, 0, 0)
+    if way in OVER_HTTP:
+        assert (result.server["requests"], result.server["answered"]) == (4, 4)
+
+
+def test_a_measurement_that_fails_is_none(measure: Callable[[Work], Result]) -> None:
+    with measuring() as run:
+        assert run(Work("no such way", 1)) is None
+
+
+def a_result(n: int = 10, **more: Any) -> Result:
+    server = {"statuses": {"200": 9, "429": 1}, "answered_twice": 0}
+    return replace(Result(n, wall=1.0, cpu=0.5, right=n, server=server), **more)
+
+
+def an_outcome() -> Outcome:
+    scenario = all_scenarios(quick=True)[0]
+    return Outcome(scenario, "asyncio", {label: a_result() for label in scenario.works})
+
+
+def test_the_middle_of_several_runs_hides_no_failure() -> None:
+    results = [a_result(wall=1), a_result(wall=2, right=9), a_result(wall=9, wrong=1)]
+    combined = middle(results)
+    assert (combined.wall, combined.right, combined.wrong) == (2, 9, 1)
+
+
+def test_targets_say_whether_they_are_met() -> None:
+    met = {text: met for text, _, _, met in an_outcome().targets}
+    assert met["map: lost + wrong + answered twice"]
+    assert not met["map: CPU / plain llm"]
+
+
+def test_results_are_kept_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    outcome = an_outcome()
+    path = report.save([outcome], quick=True, runs=1)
+    loaded = report.load(path, all_scenarios(quick=True))
+    assert [each.results for each in loaded] == [outcome.results]
+    report.README.write_text(f"Before\n{report.BEGIN}\nold\n{report.END}\nAfter\n")
+    report.write_readme(loaded, runs=1)
+    text = report.README.read_text()
+    assert "| steady | asyncio | map |" in text
+    assert text.startswith("Before\n")
+    assert text.endswith("After\n")
+    assert "old" not in text
+
+
+def test_the_chart_is_an_svg() -> None:
+    drawn = ElementTree.fromstring(chart([an_outcome()]))
+    assert drawn.tag.endswith("svg")

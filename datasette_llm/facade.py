@@ -75,7 +75,6 @@ class LLM:
             concurrency: how many prompts may be in flight; else as configured.
             on_error: ``"collect"`` lets the other prompts go on when one fails, ``"cancel"`` does not.
         """
-        from .models import open_group
 
         async def choose() -> Choice:
             return await self._choose(model_id, purpose, actor)

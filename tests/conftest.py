@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import selectors
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio.testing
+
+# Other plugins that are installed have a say in every prompt: a test registers those it is about.
+os.environ["DATASETTE_LOAD_PLUGINS"] = "datasette-llm,datasette-secrets"
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

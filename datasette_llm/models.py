@@ -1,0 +1,338 @@
+"""The models that plugins hold: prompts, chains and conversations, alone or in a group."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+
+from .runtime.chain import Chain, ChainPlan, ChainTask
+from .runtime.conversation import Turns
+from .runtime.group import Group, GroupBlock
+from .runtime.map import MapRun, PromptMap
+from .runtime.prompt_task import PromptTask
+from .runtime.root import root_supervisor
+from .runtime.throttle import get_throttle
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping
+
+    import llm
+
+    from .runtime.choice import Choice
+    from .runtime.clients import ClientPool
+    from .runtime.conversation import Turn
+    from .runtime.response import PromptResponse
+    from .runtime.stats import GroupStats
+    from .runtime.supervisor import Supervisor
+    from .runtime.throttle import Slots
+
+T = TypeVar("T")
+
+
+class WrappedAsyncModel:
+    """A model chosen for a purpose and an actor. ``LLM.model()`` returns it.
+
+    Attributes:
+        model_id: the model's own id.
+        purpose: what its prompts are for.
+        actor: the Datasette actor they are for.
+        model: llm's model object underneath, a copy that nobody else holds.
+    """
+
+    def __init__(self, datasette: Any, choice: Choice, group: Group | None = None) -> None:
+        self.model_id = choice.model_id
+        self.purpose = choice.purpose
+        self.actor = choice.actor
+        self.model = choice.model
+        self._key = choice.key
+        self._datasette = datasette
+        self._choice = choice
+        self._group = group
+        self._clients: ClientPool | None = None
+
+    async def prompt(self, prompt: str | None = None, **kwargs: Any) -> PromptResponse:
+        """Start a prompt, and return its response at once.
+
+        It returns when the plugins' wrappers have let the prompt in and its model call starts. The
+        prompt goes on by itself, whether anybody reads it or not; ``response.cancel()`` stops it.
+        Cancelling this call cancels the prompt.
+
+        Args:
+            prompt: the text to send.
+            **kwargs: all that llm's ``AsyncModel.prompt()`` takes (``system``, ``schema``,
+                ``attachments``, ``tools``, ``messages``, ``stream``, ``key``, ``options``, ...), and the
+                model's options by name. Options given here win over configured ones.
+
+        Returns:
+            the response, readable by any number of tasks.
+
+        Raises:
+            Exception: what a plugin's wrapper raised to refuse the prompt, as it raised it.
+            GroupClosed: this model belongs to a group whose block has been left.
+            PromptCancelled: the prompt, or its group, was cancelled before its model call started.
+
+        A failure of the model call itself is raised to whoever reads the response.
+        """
+        return await self._prompt_task(self.model.prompt, prompt, kwargs).start()
+
+    def chain(self, prompt: str | None = None, **kwargs: Any) -> Chain:
+        """Prompt, run the tools that the model calls, prompt again with their results, until it is done.
+
+        Args:
+            prompt: the text to send; ``None`` to resume from ``messages=``.
+            **kwargs: all that llm's ``AsyncModel.chain()`` takes (``tools``, ``before_call``,
+                ``after_call``, ``messages``, ``system``, ``options``, ...), and ``chain_limit``.
+
+        Returns:
+            the chain, which starts when it is first read.
+        """
+        limit = kwargs.pop("chain_limit", None)
+
+        def begin(prompt: str | None, **kwargs: Any) -> llm.models.AsyncChainResponse:
+            return self.model.conversation(chain_limit=limit).chain(prompt, **kwargs)
+
+        return self._chain(begin, prompt, kwargs)
+
+    def conversation(
+        self,
+        tools: list[Any] | None = None,
+        before_call: Any = None,
+        after_call: Any = None,
+        chain_limit: int | None = None,
+    ) -> WrappedConversation:
+        """Begin a conversation: prompts that each know the ones before."""
+        return WrappedConversation(
+            self,
+            self.model.conversation(
+                tools=tools, before_call=before_call, after_call=after_call, chain_limit=chain_limit
+            ),
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        # What llm's model says of itself: attachment_types, supports_schema, can_stream, ...
+        if name.startswith("_") or name == "model":
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.model_id} purpose={self.purpose!r}>"
+
+    def _owner(self) -> tuple[Supervisor, Slots]:
+        if self._group is not None:
+            self._group.check_open()
+            return self._group, self._group.slots
+        choice = self._choice
+        root = root_supervisor()
+        throttle = get_throttle(choice.key, choice.model_id, choice.settings)
+        slots = throttle.slots(choice.settings.concurrency)
+        if self._clients is not root.clients:
+            # The first prompt on this event loop: clients of an earlier one are closed.
+            vars(choice.model).pop("get_client", None)
+            root.clients.adopt(choice.model, throttle.observe)
+            self._clients = root.clients
+        return root, slots
+
+    def _prompt_task(
+        self,
+        send: Callable[..., llm.AsyncResponse],
+        prompt: str | None,
+        kwargs: Mapping[str, Any],
+        turn: Turn | None = None,
+        *,
+        keep: bool = True,
+    ) -> PromptTask:
+        supervisor, slots = self._owner()
+        task = PromptTask(
+            supervisor,
+            self._datasette,
+            self._choice,
+            partial(send, prompt, **self._with_defaults(kwargs)),
+            slots,
+            prompt=prompt,
+            group=self._group,
+            turn=turn,
+            reply_with=self.prompt,
+        )
+        if self._group is not None:
+            if keep:
+                self._group._responses._keep(task.response)
+            else:
+                self._group._responses._count()
+        return task
+
+    def _chain(
+        self,
+        begin: Callable[..., llm.models.AsyncChainResponse],
+        prompt: str | None,
+        kwargs: Mapping[str, Any],
+        turns: Turns | None = None,
+    ) -> Chain:
+        arguments = self._with_defaults(kwargs)
+
+        def plan() -> ChainPlan:
+            begun = begin(prompt, **arguments)
+            return ChainPlan(
+                begun.prompt,
+                begun.stream,
+                cast("llm.AsyncConversation", begun.conversation),
+                arguments.get("key"),
+                begun.chain_limit,
+                begun.before_call,
+                begun.after_call,
+            )
+
+        def task(chain: Chain) -> ChainTask:
+            supervisor, slots = self._owner()
+            return ChainTask(
+                chain,
+                supervisor,
+                self._datasette,
+                self._choice,
+                plan,
+                slots,
+                prompt=prompt,
+                group=self._group,
+                turn=turns.ask() if turns is not None else None,
+                reply_with=self.prompt,
+            )
+
+        return Chain(task)
+
+    def _with_defaults(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        arguments = dict(kwargs)
+        if self._choice.options:
+            given = arguments.get("options") or {}
+            defaults = {k: v for k, v in self._choice.options.items() if k not in arguments}
+            arguments["options"] = {**defaults, **given}
+        if self._key is not None and arguments.get("key") is None:
+            arguments["key"] = self._key
+        return arguments
+
+
+class WrappedConversation:
+    """A conversation as an actor: one prompt at a time, in the order they were asked, whoever asks.
+
+    A prompt that fails or is cancelled is not part of the history, and the next one goes on.
+
+    Attributes:
+        conversation: llm's conversation object; ``responses`` are the turns so far.
+    """
+
+    def __init__(self, model: WrappedAsyncModel, conversation: llm.AsyncConversation) -> None:
+        self.conversation = conversation
+        self.model = model
+        self._turns = Turns()
+
+    @property
+    def id(self) -> str:
+        """llm's id of the conversation."""
+        return self.conversation.id
+
+    @property
+    def responses(self) -> list[Any]:
+        """The completed turns, as llm's response objects."""
+        return self.conversation.responses
+
+    async def prompt(self, prompt: str | None = None, **kwargs: Any) -> PromptResponse:
+        """Ask the next question, when those asked before have been answered.
+
+        Takes, returns and raises what ``WrappedAsyncModel.prompt()`` does.
+        """
+        turn = self._turns.ask()
+        try:
+            task = self.model._prompt_task(self.conversation.prompt, prompt, kwargs, turn)
+        except BaseException:
+            turn.give_up()
+            raise
+        return await task.start()
+
+    def chain(self, prompt: str | None = None, **kwargs: Any) -> Chain:
+        """Ask the next question as a chain; its turn in the conversation is when it is first read.
+
+        Takes, returns and raises what ``WrappedAsyncModel.chain()`` does.
+        """
+        return self.model._chain(self.conversation.chain, prompt, kwargs, self._turns)
+
+    def __repr__(self) -> str:
+        return f"<WrappedConversation {self.model.model_id} turns={len(self.responses)}>"
+
+
+class GroupModel(WrappedAsyncModel):
+    """The model that a group's block yields: its prompts belong to the group.
+
+    Attributes:
+        group: the ``Group`` that hooks receive.
+    """
+
+    def __init__(self, datasette: Any, choice: Choice, group: Group) -> None:
+        super().__init__(datasette, choice, group)
+        self.group = group
+
+    @property
+    def stats(self) -> GroupStats:
+        """What happened to the group's prompts so far; cheap to read."""
+        return self.group.stats
+
+    def cancel(self) -> None:
+        """Cancel every prompt of the group, and each one that still comes. Returns at once."""
+        self.group.cancel()
+
+    def map(
+        self,
+        items: Iterable[T] | AsyncIterable[T],
+        to_prompt: Callable[[T], str | Mapping[str, Any]] = str,
+        **kwargs: Any,
+    ) -> PromptMap[T]:
+        """Prompt for every item, as many at a time as the group's concurrency allows.
+
+        Args:
+            items: an iterable or async iterable of any length, pulled as prompts can be sent.
+            to_prompt: what to send for an item: a string, or a dict of ``prompt()`` keywords.
+            **kwargs: ``prompt()`` keywords for all items. Answers are asked for unstreamed, which is
+                cheaper and can be retried half-way; ``stream=True`` changes that.
+
+        Returns:
+            an async iterator of ``(item, response)``, each as soon as it is finished, whatever its
+            outcome: ``response.error`` is ``None`` or the item's error. Leaving the loop early cancels
+            the prompts in flight.
+
+        Raises:
+            Exception: from the loop: what the iterable or ``to_prompt`` raised, when the prompts
+                already sent have been yielded.
+            PromptCancelled: from the loop: the group has been cancelled.
+        """
+
+        def make_task(keywords: Mapping[str, Any]) -> PromptTask:
+            arguments = {"stream": False, **kwargs, **keywords}
+            prompt = arguments.pop("prompt", None)
+            return self._prompt_task(self.model.prompt, prompt, arguments, keep=False)
+
+        return PromptMap(MapRun(self.group, items, to_prompt, make_task))
+
+
+@asynccontextmanager
+async def open_group(
+    datasette: Any,
+    choose: Callable[[], Awaitable[Choice]],
+    *,
+    concurrency: int | None = None,
+    on_error: Literal["collect", "cancel"] = "collect",
+) -> AsyncIterator[GroupModel]:
+    """Open a group of prompts, as ``LLM.group()`` describes it.
+
+    Args:
+        datasette: whose plugins wrap the prompts.
+        choose: decides model, key and options; called once, on entry.
+        concurrency: a fixed number of model calls at once; ``None`` takes what is configured.
+        on_error: ``"cancel"`` has the first failed prompt cancel the others and leave the block.
+    """
+    if concurrency is not None and (isinstance(concurrency, bool) or not isinstance(concurrency, int)):
+        raise TypeError(f"concurrency must be a positive int, not {type(concurrency).__name__}")
+    if concurrency is not None and concurrency < 1:
+        raise ValueError(f"concurrency must be at least 1, not {concurrency}")
+    if on_error not in ("collect", "cancel"):
+        raise ValueError(f"on_error must be 'collect' or 'cancel', not {on_error!r}")
+    choice = await choose()
+    async with GroupBlock(Group(datasette, choice, concurrency=concurrency, on_error=on_error)) as group:
+        yield GroupModel(datasette, choice, group)

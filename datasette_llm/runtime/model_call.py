@@ -1,0 +1,182 @@
+"""One answer from a model: a slot, the call, its chunks to the readers, and again if that may help.
+
+A slot is held only while the model call runs. Between two attempts nothing is held.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from .retry import check_complete, classify, retrying
+from .throttle import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import llm
+
+    from .policy import PromptSettings
+    from .response import PromptResponse
+    from .retry import Attempt
+    from .task import SupervisedTask
+    from .throttle import Slots
+
+#: How long closing a model's generator may take, in seconds, when its answer is not wanted any more.
+CLOSE_SECONDS = 5.0
+
+_CANCELLED = Outcome("cancelled")
+
+
+class ModelCall:
+    """Get the answer for one response.
+
+    Args:
+        task: who runs this; it is told when the call begins.
+        response: where the chunks go. It observes the llm response of the first attempt already.
+        ask: makes llm's response object for another attempt.
+        slots: bound the calls in flight.
+        settings: retries and the timeout of an attempt.
+    """
+
+    def __init__(
+        self,
+        task: SupervisedTask,
+        response: PromptResponse,
+        ask: Callable[[], llm.AsyncResponse],
+        slots: Slots,
+        settings: PromptSettings,
+    ) -> None:
+        self.began = False
+        self._task = task
+        self._response = response
+        self._ask = ask
+        self._slots = slots
+        self._settings = settings
+
+    async def run(self) -> None:
+        """Call the model until there is an answer, or no point in calling it again.
+
+        Raises:
+            Exception: the model's or the provider's own, of the last attempt.
+        """
+        started = anyio.current_time()
+        try:
+            await self._attempt()
+        except Exception as error:
+            if not self._may_retry(error):
+                raise
+            first: Exception | None = error
+        else:
+            return
+        # Most prompts need no second attempt, so the retry loop is told of the first one afterwards.
+        retries = self._settings.retries
+        async for attempt in retrying(retries, on_retry=self._count_retry, started=started):
+            with attempt:
+                if first is not None:
+                    failure, first = first, None
+                    raise failure
+                await self._attempt(attempt)
+                return
+            if attempt.error is not None and not self._may_retry(attempt.error):
+                raise attempt.error
+
+    def _may_retry(self, error: Exception) -> bool:
+        # A reader that has seen part of an answer must not see the beginning of another one.
+        return (
+            not self._response._was_streamed
+            and self._settings.retries.attempts > 1
+            and classify(error).kind in ("throttled", "transient")
+        )
+
+    def _count_retry(self) -> None:
+        self._task.supervisor.counters.retries += 1
+
+    async def _attempt(self, again: Attempt | None = None) -> None:
+        response, slots = self._response, self._slots
+        if response.attempts:
+            response._restart(self._ask())
+        tokens = _estimated_tokens(response._observed)
+        if not slots.acquire_nowait(tokens):
+            if again is None:
+                await slots.acquire(tokens)
+            else:
+                with again.waiting():
+                    await slots.acquire(tokens)
+        outcome = _CANCELLED
+        started = anyio.current_time()
+        try:
+            response.attempts += 1
+            self._begin()
+            try:
+                await self._drive_in_time()
+            finally:
+                seconds = anyio.current_time() - started
+            outcome = Outcome("ok", seconds=seconds, tokens=_used_tokens(response._observed))
+        except Exception as error:
+            failure = classify(error)
+            kind = failure.kind if failure.kind in ("throttled", "transient") else "failed"
+            outcome = Outcome(kind, retry_after=failure.retry_after, seconds=anyio.current_time() - started)
+            raise
+        finally:
+            slots.release(outcome)
+
+    def _begin(self) -> None:
+        self._task.result._attempt(self._response._observed)
+        self._task.begin_running()
+        self.began = True
+
+    async def _drive_in_time(self) -> None:
+        seconds = self._settings.timeout
+        if seconds is None:
+            await self._drive()
+            return
+        with anyio.move_on_after(seconds) as scope:
+            await self._drive()
+        if scope.cancelled_caught:
+            raise TimeoutError(f"the model did not answer within {seconds:g} seconds")
+
+    async def _drive(self) -> None:
+        """Let the model answer, chunk by chunk; afterwards its generator is closed, whatever happened."""
+        observed = self._response._observed
+        publish = self._response._publish
+        events = observed.astream_events()
+        try:
+            async for event in events:
+                if not isinstance(event.chunk, str):
+                    raise _wrong_chunk(observed, event.chunk)
+                publish(event)
+        except BaseException as error:
+            with anyio.move_on_after(CLOSE_SECONDS, shield=True):
+                await events.aclose()
+            # llm would call the model once more if somebody read this response now.
+            observed._done = True
+            if isinstance(error, AssertionError) and not error.args:
+                # llm asserts that a chunk is not None, and says no more than that.
+                raise _wrong_chunk(observed, None) from error
+            if not isinstance(error, (Exception, *_PROGRAM_STOPS, anyio.get_cancelled_exc_class())):
+                raise RuntimeError(f"the model raised {type(error).__name__}: {error}") from error
+            raise
+        check_complete(observed)
+
+
+_PROGRAM_STOPS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+
+
+def _wrong_chunk(observed: llm.AsyncResponse, chunk: Any) -> TypeError:
+    return TypeError(
+        f"model {observed.model.model_id} yielded {type(chunk).__name__}; a model yields text or StreamEvent"
+    )
+
+
+def _estimated_tokens(observed: llm.AsyncResponse) -> int:
+    # Four characters a token is what providers give as a rule of thumb for English.
+    prompt = observed.prompt
+    return (len(prompt.prompt or "") + len(prompt.system or "")) // 4 + 1
+
+
+def _used_tokens(observed: llm.AsyncResponse) -> int | None:
+    if observed.input_tokens is None and observed.output_tokens is None:
+        return None
+    return (observed.input_tokens or 0) + (observed.output_tokens or 0)

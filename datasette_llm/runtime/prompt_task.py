@@ -1,0 +1,101 @@
+"""One prompt as a supervised task: the wrappers, one model call, the callbacks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import anyio
+from anyio import get_cancelled_exc_class
+
+from .model_call import ModelCall
+from .response import PromptResponse
+from .task import SupervisedTask
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import llm
+
+    from .choice import Choice
+    from .conversation import Turn
+    from .group import Group
+    from .supervisor import Supervisor
+    from .throttle import Slots
+
+
+class PromptTask(SupervisedTask):
+    """Run one prompt.
+
+    Args:
+        ask: makes llm's response object, for each attempt; called once at once, or (in a conversation,
+            whose history it reads) when the turn has come.
+        slots: bound the model calls in flight.
+        reply_with: what ``response.reply()`` prompts.
+    """
+
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        datasette: Any,
+        choice: Choice,
+        ask: Callable[[], llm.AsyncResponse],
+        slots: Slots,
+        *,
+        prompt: str | None,
+        group: Group | None,
+        turn: Turn | None = None,
+        reply_with: Callable[..., Any] | None = None,
+    ) -> None:
+        super().__init__(supervisor, datasette, choice, prompt, group=group, turn=turn)
+        self.response = PromptResponse(ask(), on_cancel=self.cancel, reply_with=reply_with)
+        self._ask = ask
+        self._call = ModelCall(self, self.response, ask, slots, choice.settings)
+        self._started: anyio.Event | None = None
+
+    async def work(self) -> None:
+        if self._turn is not None:
+            # The history was not complete yet when this prompt was asked.
+            self.response._restart(self._ask())
+        await self.interruptible(self._call.run)
+        await self.result._succeeded()
+
+    async def after(self) -> None:
+        if self.response._callbacks:
+            await self.response._run_callbacks()
+
+    def begin_running(self) -> None:
+        super().begin_running()
+        if self._started is not None:
+            self._started.set()
+
+    def finish(self, error: Exception | None) -> None:
+        if error is None:
+            observed = self.response._observed
+            counters = self.supervisor.counters
+            counters.input_tokens += observed.input_tokens or 0
+            counters.output_tokens += observed.output_tokens or 0
+        self.response._finish(error)
+        if self._started is not None:
+            self._started.set()
+
+    async def start(self) -> PromptResponse:
+        """Have the supervisor run this task; wait until its model call starts.
+
+        Returns:
+            the response, as soon as the model call runs.
+
+        Raises:
+            Exception: what kept the model call from starting: a wrapper's own exception, or
+                ``PromptCancelled``.
+        """
+        self._started = anyio.Event()
+        self.supervisor.start(self)
+        try:
+            await self._started.wait()
+        except get_cancelled_exc_class():
+            # Nobody will ever hold the response.
+            self.cancel()
+            raise
+        if not self._call.began:
+            self.response._raise_error()
+        return self.response

@@ -1,0 +1,369 @@
+"""PromptResponse: what every prompt returns, and how its chunks reach any number of readers.
+
+One task drives the model call and tells the response what happens (``_publish``, ``_finish``); every
+reader only observes. A response is in one of four states:
+
+* open: chunks may still arrive; readers that have caught up wait at their doorbell, a memory channel;
+* succeeded: the model call and all callbacks are done; every read answers at once;
+* failed: every read raises the prompt's own error, the same object each time;
+* cancelled: every read raises ``PromptCancelled``.
+
+Each chunk is kept once, in ``_events``. A reader holds its position in that list, so it may come early
+or late, and a slow one costs no memory.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from inspect import isawaitable
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import llm
+
+from ..errors import PromptCancelled
+from .tools import execute_tool_calls, tool_message
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+    from llm.parts import StreamEvent
+
+#: The response whose callbacks run in this context. They run before readers are let go, so a callback
+#: that reads its own response must not wait for itself.
+_settling: ContextVar[PromptResponse | None] = ContextVar("datasette_llm_settling", default=None)
+
+
+class PromptResponse(llm.AsyncResponse):
+    """The answer to one prompt, readable by any number of tasks while it arrives and afterwards.
+
+    It offers everything that ``llm.AsyncResponse`` offers. Reading never starts or repeats the work.
+    Reading a failed response raises the prompt's own error every time, reading a cancelled one raises
+    ``PromptCancelled``.
+
+    Attributes:
+        done: whether the prompt has ended, callbacks included.
+        error: the exception the prompt ended with, or ``None``.
+        attempts: how many model calls it took so far.
+    """
+
+    attempts: int = 0
+
+    def __init__(
+        self,
+        observed: llm.AsyncResponse,
+        *,
+        on_cancel: Callable[[], None],
+        reply_with: Callable[..., Any] | None = None,
+    ) -> None:
+        # llm's own initialiser is not called: the state of the answer lives in the response object
+        # that the model writes to, and __getattr__ reads it from there.
+        self._observed = observed
+        self._on_cancel = on_cancel
+        self._reply_with = reply_with
+        self._events: list[StreamEvent] = []
+        self._finished = False
+        self._error: Exception | None = None
+        self._traceback: TracebackType | None = None
+        self._error_seen = False
+        self._was_streamed = False
+        self._bells: set[MemoryObjectSendStream[None]] = set()
+        self._finish_event: anyio.Event | None = None
+        self._callbacks: list[Any] = []
+        self._default_reader: TextReader | None = None
+
+    # What readers see
+
+    @property
+    def done(self) -> bool:
+        """Whether the prompt has ended: succeeded, failed or cancelled."""
+        return self._finished
+
+    @property
+    def error(self) -> Exception | None:
+        """The exception the prompt ended with; ``None`` while it runs and when it succeeded."""
+        if self._error is not None:
+            self._error_seen = True
+        return self._error
+
+    def cancel(self) -> None:
+        """Cancel the prompt, if it has not ended yet.
+
+        Its model call is closed and its hook wrappers see ``PromptCancelled``; readers get the same
+        once those have settled. Returns at once; cancelling twice is harmless.
+        """
+        if not self._finished:
+            self._on_cancel()
+
+    async def wait(self) -> None:
+        """Wait until the prompt has ended, however it ended; raises nothing of its own."""
+        if self._finished or _settling.get() is self:
+            return
+        if self._finish_event is None:
+            self._finish_event = anyio.Event()
+        await self._finish_event.wait()
+
+    async def _force(self) -> PromptResponse:
+        # The one place through which all of llm's reading methods go.
+        await self.wait()
+        self._raise_error()
+        return self
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            self._error_seen = True
+            # With the traceback it first had: it would otherwise grow with every reader.
+            raise self._error.with_traceback(self._traceback)
+
+    def __aiter__(self) -> TextReader:
+        return TextReader(self)
+
+    async def __anext__(self) -> str:
+        if self._default_reader is None:
+            self._default_reader = TextReader(self)
+        return await self._default_reader.__anext__()
+
+    def astream_events(self) -> EventReader:
+        """Iterate over the ``StreamEvent`` objects, from the first one, live until the end.
+
+        Returns:
+            an async iterator of its own for each call. Leaving it early does not stop the prompt.
+        """
+        return EventReader(self)
+
+    async def on_done(self, callback: Any) -> None:
+        """Have a callback called with the llm response when the prompt has succeeded.
+
+        It has finished before any reader gets the whole answer, and an exception of it becomes the
+        error of this response. Called at once if the prompt has succeeded already, never if it failed.
+
+        Args:
+            callback: a function taking the response, sync or async.
+        """
+        if not self._finished:
+            self._callbacks.append(callback)
+        elif self._error is None:
+            await _call_back(callback, self._observed)
+
+    async def reply(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: list[Any] | None = None,
+        tool_results: list[llm.ToolResult] | None = None,
+        options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> llm.AsyncResponse:
+        """Prompt the same model again, with this exchange as the history.
+
+        Tool calls of this response are run first, unless their results are given.
+
+        Returns:
+            the ``PromptResponse`` of the new prompt.
+        """
+        await self._force()
+        if "tools" not in kwargs and self.prompt.tools:
+            kwargs["tools"] = self.prompt.tools
+        if tool_results is None and self._tool_calls:
+            tool_results = await self.execute_tool_calls(tools=kwargs.get("tools"))
+        history = [*self.prompt.messages, *await self.messages()]
+        if tool_results:
+            history += tool_message(tool_results)
+        if prompt:
+            history.append(llm.user(prompt))
+        history += messages or []
+        if self._reply_with is None:
+            raise RuntimeError("this response does not know which model to reply with")
+        return await self._reply_with(None, messages=history, options=options, **kwargs)  # type: ignore[no-any-return]
+
+    async def execute_tool_calls(
+        self,
+        *,
+        before_call: Any = None,
+        after_call: Any = None,
+        tool_calls_list: list[llm.ToolCall] | None = None,
+        tools: list[Any] | None = None,
+    ) -> list[llm.ToolResult]:
+        """Run the tool calls of this response, async tools at the same time, on either backend.
+
+        Args:
+            before_call: called with the tool and the call before each; may raise ``CancelToolCall``.
+            after_call: called with the tool, the call and its result after each.
+            tool_calls_list: the calls to run instead of the response's own.
+            tools: where to find the implementations instead of in the prompt.
+
+        Returns:
+            a result per call, in the order of the calls.
+
+        Raises:
+            llm.PauseChain: a tool paused; its ``tool_results`` are those of its siblings.
+        """
+        if tool_calls_list is None:
+            tool_calls_list = await self.tool_calls()
+        return await execute_tool_calls(
+            self._observed, tool_calls_list, before_call=before_call, after_call=after_call, tools=tools
+        )
+
+    def text_or_raise(self) -> str:
+        self._raise_error()
+        return super().text_or_raise()
+
+    def tool_calls_or_raise(self) -> list[llm.ToolCall]:
+        self._raise_error()
+        return super().tool_calls_or_raise()
+
+    def __repr__(self) -> str:
+        if not self._finished:
+            state = "open"
+        elif self._error is None:
+            state = "succeeded"
+        else:
+            state = "cancelled" if isinstance(self._error, PromptCancelled) else "failed"
+        return f"<PromptResponse {self._observed.model.model_id} {state}>"
+
+    # The answer itself lives in the observed response
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_observed":
+            raise AttributeError(name)
+        return getattr(self._observed, name)
+
+    @property
+    def _done(self) -> bool:  # type: ignore[override]
+        return self._finished and self._error is None
+
+    @property
+    def resolved_model(self) -> str | None:  # type: ignore[override]
+        return self._observed.resolved_model
+
+    @property
+    def conversation(self) -> llm.AsyncConversation | None:  # type: ignore[override]
+        return self._observed.conversation
+
+    @property
+    def _key(self) -> str | None:  # type: ignore[override]
+        return self._observed._key
+
+    # What the driving task tells
+
+    def _restart(self, observed: llm.AsyncResponse) -> None:
+        """Begin another attempt, which forgets the chunks of the last; only while nobody streamed any."""
+        # The readers' response keeps its identity however many attempts there are.
+        observed.id = self._observed.id
+        self._observed = observed
+        self._events.clear()
+
+    def _publish(self, event: StreamEvent) -> None:
+        self._events.append(event)
+        if self._bells:
+            self._ring()
+
+    def _ring(self) -> None:
+        for bell in self._bells:
+            try:
+                bell.send_nowait(None)
+            except (anyio.WouldBlock, anyio.BrokenResourceError):
+                # It is ringing already, or its reader is just leaving.
+                pass
+
+    async def _run_callbacks(self) -> None:
+        """Run what readers registered with ``on_done`` so far, in order; the first error ends it."""
+        token = _settling.set(self)
+        try:
+            while self._callbacks:
+                await _call_back(self._callbacks.pop(0), self._observed)
+        finally:
+            _settling.reset(token)
+
+    def _finish(self, error: Exception | None) -> None:
+        """End the prompt; idempotent, the first call counts."""
+        if self._finished:
+            return
+        self._finished = True
+        self._error = error
+        self._traceback = error.__traceback__ if error is not None else None
+        self._callbacks.clear()
+        if self._finish_event is not None:
+            self._finish_event.set()
+        if self._bells:
+            self._ring()
+
+
+async def _call_back(callback: Any, response: llm.AsyncResponse) -> None:
+    # llm takes a function, sync or async, or something awaitable. It is the caller's own, so it is
+    # awaited where the caller's code runs, not on Datasette's side.
+    value = callback(response) if callable(callback) else callback
+    if isawaitable(value):
+        await value
+
+
+class EventReader:
+    """One reader of a response: an async iterator with a position of its own.
+
+    It waits at a memory channel of one slot, opened only if it ever catches up with the model. Closed by
+    the end of the response, by ``aclose()`` and by being dropped; then the iteration is over.
+    """
+
+    def __init__(self, response: PromptResponse) -> None:
+        self._response = response
+        self._position = 0
+        self._closed = False
+        self._bell: MemoryObjectSendStream[None] | None = None
+        self._doorbell: MemoryObjectReceiveStream[None] | None = None
+
+    def __aiter__(self) -> EventReader:
+        return self
+
+    async def __anext__(self) -> StreamEvent:
+        response = self._response
+        while not self._closed:
+            if self._position < len(response._events):
+                event = response._events[self._position]
+                self._position += 1
+                response._was_streamed = True
+                return event
+            if response._finished:
+                self.close()
+                response._raise_error()
+                break
+            if _settling.get() is response:
+                break
+            await self._wait_at_door()
+        raise StopAsyncIteration
+
+    async def _wait_at_door(self) -> None:
+        if self._doorbell is None:
+            self._bell, self._doorbell = anyio.create_memory_object_stream[None](1)
+            self._response._bells.add(self._bell)
+        await self._doorbell.receive()
+
+    def close(self) -> None:
+        """Stop reading; what the model still sends stays readable for others."""
+        self._closed = True
+        if self._bell is not None and self._doorbell is not None:
+            self._response._bells.discard(self._bell)
+            self._bell.close()
+            self._doorbell.close()
+            self._bell = self._doorbell = None
+
+    async def aclose(self) -> None:
+        """Stop reading, as ``contextlib.aclosing`` calls it."""
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class TextReader(EventReader):
+    """One reader of a response's text: an async iterator over the chunks of text alone."""
+
+    def __aiter__(self) -> TextReader:
+        return self
+
+    async def __anext__(self) -> str:  # type: ignore[override]
+        while True:
+            event = await super().__anext__()
+            if event.type == "text":
+                return event.chunk

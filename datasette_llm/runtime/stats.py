@@ -1,0 +1,38 @@
+"""What a group tells about itself while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class GroupStats:
+    """A group at one moment.
+
+    Attributes:
+        waiting: prompts asked for whose model call does not run yet.
+        running: prompts whose model call runs, or that still settle.
+        succeeded: prompts that ended with an answer.
+        failed: prompts that ended with an error.
+        cancelled: prompts that were cancelled.
+        retries: model calls made again after a transient failure.
+        throttled_seconds: how long prompts waited because of the provider's limits, all added up.
+        input_tokens: tokens sent by the prompts that succeeded, as their models count them.
+        output_tokens: tokens received, likewise.
+        elapsed: seconds since the group began, up to its end.
+        prompts_per_second: prompts that ended, per second of ``elapsed``.
+        concurrency: how many model calls may run at once now.
+    """
+
+    waiting: int
+    running: int
+    succeeded: int
+    failed: int
+    cancelled: int
+    retries: int
+    throttled_seconds: float
+    input_tokens: int
+    output_tokens: int
+    elapsed: float
+    prompts_per_second: float
+    concurrency: int

@@ -1,0 +1,82 @@
+"""What every owner of prompts does: start them as tasks, count them, cancel them, wait for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import anyio
+
+if TYPE_CHECKING:
+    from anyio.abc import TaskGroup
+
+    from .task import SupervisedTask
+
+#: How long the wrappers of a cancelled prompt may take to settle, in seconds.
+GRACE_SECONDS = 5.0
+
+
+@dataclass
+class Counters:
+    """What happened to the prompts of one owner so far."""
+
+    waiting: int = 0
+    running: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    retries: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+class Supervisor:
+    """Owns tasks: each runs in its task group, and none outlives it.
+
+    Attributes:
+        counters: what happened to its prompts.
+        grace_seconds: how long a cancelled prompt's wrappers may take to settle.
+    """
+
+    def __init__(self, *, grace_seconds: float = GRACE_SECONDS) -> None:
+        self.counters = Counters()
+        self.grace_seconds = grace_seconds
+        self._tasks: TaskGroup | None = None
+        self._live: dict[SupervisedTask, None] = {}
+        self._cancelled = False
+        self._idle: anyio.Event | None = None
+
+    def start(self, task: SupervisedTask) -> None:
+        """Run a task as a child of this supervisor. Returns at once."""
+        assert self._tasks is not None
+        self.adopt(task)
+        self._tasks.start_soon(task.run)
+
+    def adopt(self, task: SupervisedTask) -> None:
+        """Count a task as live that its caller is about to run inside this supervisor's tasks."""
+        self._live[task] = None
+        if self._cancelled:
+            task.cancel()
+
+    def forget(self, task: SupervisedTask) -> None:
+        """Called by a task when it has ended."""
+        self._live.pop(task, None)
+        if not self._live and self._idle is not None:
+            self._idle.set()
+            self._idle = None
+
+    def prompt_failed(self, error: Exception) -> None:
+        """Called when a task has failed of itself (not by cancellation), before it ends."""
+
+    def cancel(self) -> None:
+        """Cancel every live task, and each one that still comes. Returns at once."""
+        self._cancelled = True
+        for task in list(self._live):
+            task.cancel()
+
+    async def idle(self) -> None:
+        """Wait until no task is live."""
+        while self._live:
+            if self._idle is None:
+                self._idle = anyio.Event()
+            await self._idle.wait()

@@ -1,0 +1,296 @@
+"""A supervised task: what a prompt and a chain of prompts have in common, from admission to its end.
+
+The states, in order:
+
+1. waiting for its turn: in its conversation, and while the first prompt of its group is let in alone;
+2. entering: the plugins' wrappers, one after the other;
+3. working: slots, model calls, tools (the subclass says what);
+4. settling: callbacks, then the wrappers are left in reverse order;
+5. ended: succeeded, failed or cancelled. Only now do readers of the whole answer go on.
+
+Who may interrupt what: all of it runs in a shielded scope, and only 1 and 3 sit in an inner scope, which
+``cancel()`` cancels. So plugin code is never interrupted in the middle of its bookkeeping: a cancelled
+prompt's wrappers see ``PromptCancelled``, an ordinary exception, at their ``yield``. From the
+cancellation on the shield has a deadline, at which plugin code that hangs is abandoned.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import anyio
+import llm
+from anyio import CancelScope, get_cancelled_exc_class
+
+from ..errors import PromptCancelled
+from .datasette_side import backend
+from .hook_scope import PromptResult, entered, find_wrappers
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from .choice import Choice
+    from .conversation import Turn
+    from .group import Group
+    from .hook_scope import Wrapper
+    from .supervisor import Supervisor
+
+T = TypeVar("T")
+
+logger = logging.getLogger("datasette_llm")
+
+_entering: ContextVar[EntryGate | None] = ContextVar("datasette_llm_entering", default=None)
+
+
+class EntryGate:
+    """Lets the first prompt of a group enter its wrappers alone, and the others once it is in.
+
+    Plugins make per-group state (a budget reservation) when they see a group's first prompt, with an
+    ``await`` between their look and their note. If the first prompt is refused, the next one is first.
+    """
+
+    def __init__(self) -> None:
+        self._open = False
+        self._lock = anyio.Lock()
+
+    async def first(self) -> bool:
+        """Wait until it is this task's turn to enter.
+
+        Returns:
+            whether it must enter alone, and say ``admitted()`` or ``refused()`` afterwards.
+        """
+        if self._open or _entering.get() is self:
+            return False
+        await self._lock.acquire()
+        if self._open:
+            self._lock.release()
+            return False
+        # A prompt that a wrapper sends while it is being entered would wait for itself.
+        _entering.set(self)
+        return True
+
+    def admitted(self) -> None:
+        """The first prompt is in: open for everybody."""
+        self._open = True
+        self.refused()
+
+    def refused(self) -> None:
+        """The first prompt was not let in: the next one is first."""
+        _entering.set(None)
+        self._lock.release()
+
+
+class SupervisedTask:
+    """A prompt or a chain, run by ``run()`` in a task that a supervisor owns.
+
+    Args:
+        supervisor: who starts, counts and cancels it.
+        datasette: whose plugins wrap it.
+        choice: model, purpose and actor, as hooks are told.
+        prompt: the text that hooks are told.
+        group: the group that hooks are told, or ``None``.
+        turn: its place in a conversation, or ``None``.
+    """
+
+    is_chain = False
+
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        datasette: Any,
+        choice: Choice,
+        prompt: str | None,
+        *,
+        group: Group | None,
+        turn: Turn | None = None,
+    ) -> None:
+        self.supervisor = supervisor
+        self.choice = choice
+        self.result = PromptResult(purpose=choice.purpose, group=group, is_chain=self.is_chain)
+        self.cancelled = False
+        self.ended = False
+        self._complete = False
+        self._failure: Exception | None = None
+        self._datasette = datasette
+        self._prompt = prompt
+        self._gate = group.gate if group is not None else None
+        self._turn = turn
+        self._shield: CancelScope | None = None
+        self._inner: CancelScope | None = None
+        self._interruption: BaseException | None = None
+
+    # What the subclass says
+
+    async def work(self) -> None:
+        """Do what the wrappers are around; raise what they shall see."""
+        raise NotImplementedError
+
+    async def after(self) -> None:
+        """Do what comes once the wrappers are left, callbacks of the caller for one."""
+
+    def finish(self, error: Exception | None) -> None:
+        """Tell the readers that it has ended. Must not raise."""
+        raise NotImplementedError
+
+    # Life
+
+    def cancel(self) -> None:
+        """Interrupt the work, or what is waited for; wrappers then have the grace period to settle.
+
+        What is complete already stays complete. Returns at once; idempotent.
+        """
+        if self.ended:
+            return
+        if not self.cancelled:
+            self.cancelled = True
+            self._limit_shield()
+        if self._inner is not None:
+            self._inner.cancel()
+
+    def _limit_shield(self) -> None:
+        if self._shield is not None:
+            self._shield.deadline = anyio.current_time() + self.supervisor.grace_seconds
+
+    async def run(self) -> None:
+        """Live from admission to the end. Errors go to the readers, never to the caller.
+
+        Raises:
+            BaseException: only what asks the whole program to stop (the loop's own cancellation,
+                ``KeyboardInterrupt``), after the wrappers have settled.
+        """
+        error: Exception | None = PromptCancelled("the task was stopped before it could settle")
+        self.supervisor.counters.waiting += 1
+        try:
+            with CancelScope(shield=True) as shield:
+                self._shield = shield
+                if self.cancelled:
+                    self._limit_shield()
+                error = await self._live()
+            if shield.cancelled_caught:
+                logger.warning(
+                    "Abandoned the cleanup of a cancelled prompt to %s: it took more than %g s",
+                    self.choice.model_id,
+                    self.supervisor.grace_seconds,
+                )
+                error = PromptCancelled("the prompt was cancelled, and its cleanup did not end in time")
+        finally:
+            self._end(error)
+        if self._interruption is not None:
+            raise self._interruption
+
+    async def _live(self) -> Exception | None:
+        try:
+            if self._turn is not None:
+                await self.interruptible(self._turn.wait)
+            wrappers = await find_wrappers(self._datasette, self.choice, self._prompt)
+            self.check()
+            if wrappers:
+                await self._work_inside(wrappers)
+            else:
+                await self._do_work()
+            if not self._complete:
+                # A wrapper swallowed what ended the work; that makes no answer of it.
+                return self._failure or PromptCancelled("a plugin's wrapper stopped the prompt")
+            await self.after()
+        except Exception as error:
+            return error
+        return None
+
+    async def _do_work(self) -> None:
+        try:
+            await self.work()
+        except Exception as error:
+            self._failure = error
+            raise
+        self._complete = True
+
+    async def _work_inside(self, wrappers: list[Wrapper]) -> None:
+        gate = self._gate
+        alone = gate is not None and await self.interruptible(gate.first)
+        try:
+            async with entered(wrappers, self.result, self.check):
+                if gate is not None and alone:
+                    alone = False
+                    gate.admitted()
+                await self._do_work()
+        finally:
+            if gate is not None and alone:
+                gate.refused()
+
+    def check(self) -> None:
+        """Raise ``PromptCancelled`` if somebody has cancelled this task."""
+        if self.cancelled:
+            raise PromptCancelled("the prompt was cancelled")
+
+    async def interruptible(self, function: Callable[[], Awaitable[T]]) -> T:
+        """Await ``function()`` so that ``cancel()`` interrupts it.
+
+        Raises:
+            PromptCancelled: it was interrupted, or failed because it was.
+        """
+        self.check()
+        scope = self._inner = CancelScope()
+        try:
+            with scope:
+                return await function()
+        except Exception as error:
+            if self.cancelled:
+                raise PromptCancelled("the prompt was cancelled") from error
+            raise
+        except get_cancelled_exc_class() as stop:
+            if not _came_from_outside(stop):
+                # A scope that a wrapper opened around its yield: its business, not ours.
+                raise
+            # The event loop is closing and cancels each task by itself, shield or not. The wrappers
+            # get the exception they can settle with; run() then passes this one on.
+            self._interruption = stop
+            self.cancelled = True
+            self._limit_shield()
+            raise PromptCancelled("the event loop is closing") from stop
+        finally:
+            self._inner = None
+        raise PromptCancelled("the prompt was cancelled")
+
+    def _end(self, error: Exception | None) -> None:
+        self.ended = True
+        counters = self.supervisor.counters
+        self.leave_phase(counters)
+        if error is None or isinstance(error, llm.PauseChain):
+            counters.succeeded += 1
+        elif isinstance(error, PromptCancelled):
+            counters.cancelled += 1
+        else:
+            counters.failed += 1
+            self.supervisor.prompt_failed(error)
+        if self._turn is not None:
+            self._turn.give_up()
+        self.finish(error)
+        self.supervisor.forget(self)
+
+    # Which of the two kinds of unfinished it is, for the statistics
+
+    _running = False
+
+    def begin_running(self) -> None:
+        """A model call of this task has begun."""
+        if not self._running:
+            self._running = True
+            self.supervisor.counters.waiting -= 1
+            self.supervisor.counters.running += 1
+
+    def leave_phase(self, counters: Any) -> None:
+        """Count this task neither as waiting nor as running any more."""
+        if self._running:
+            counters.running -= 1
+        else:
+            counters.waiting -= 1
+
+
+def _came_from_outside(cancellation: BaseException) -> bool:
+    """Whether a cancellation is asyncio's own (``Task.cancel()``), not that of a cancel scope.
+
+    anyio's scopes say so in the message they cancel a task with. trio has nothing but scopes.
+    """
+    return backend() == "asyncio" and not str(cancellation).startswith("Cancelled by cancel scope")

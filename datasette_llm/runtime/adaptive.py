@@ -1,0 +1,159 @@
+"""How many requests may be in flight, when nobody has said so.
+
+The limit starts at ``bounds.start`` and grows with time while it is used up and nothing is refused. It
+grows by time, not by answers: a refusal comes back at once, an answer perhaps in half a minute.
+
+States:
+
+* *fast*: doubles about every 0.4 s, as far as answers have proven (see ``UNPROVEN_FACTOR``).
+* *slow*: a number at which the provider refuses, or gets slower, is known; it is tried again
+  now and then, at longer and longer intervals.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .policy import ConcurrencyBounds
+
+#: The exponent of the fast growth, per second: doubles in 0.43 s.
+FAST_GROWTH = 1.6
+#: Until answers come, the limit grows to at most this many times its start: a server that queues instead
+#: of refusing would otherwise be given 500 requests before it has answered the first.
+UNPROVEN_FACTOR = 8
+#: With answers it grows to at most this many times the number in flight they were sent at.
+PROVEN_FACTOR = 4
+#: Twice as many in flight must give at least this much more throughput, or growing stops. (1 is what a
+#: server gives that only queues, 2 one that has room; answers' times scatter.)
+WORTHWHILE = 1.3
+#: Answers needed for such a judgement.
+ENOUGH_ANSWERS = 10
+#: Share of a number in flight that was refused, to which the limit falls.
+CUT = 0.9
+#: Seconds until a limit that is known is tried again, at first and at most.
+RETRY_LIMIT_SECONDS, RETRY_LIMIT_SECONDS_MAX = 5.0, 60.0
+
+
+class _Level:
+    """Answers to requests that were sent while the limit was between ``limit`` and twice that."""
+
+    __slots__ = ("answers", "limit", "seconds", "since")
+
+    def __init__(self, limit: float, since: float) -> None:
+        self.limit = limit
+        self.since = since
+        self.answers = 0
+        self.seconds = 0.0
+
+    def throughput(self) -> float | None:
+        if self.answers < ENOUGH_ANSWERS or self.seconds <= 0:
+            return None
+        return self.limit * self.answers / self.seconds
+
+
+class AdaptiveLimit:
+    """The number of requests that may be in flight now."""
+
+    def __init__(self, bounds: ConcurrencyBounds, now: float) -> None:
+        self.bounds = bounds
+        self.limit = max(bounds.min, min(bounds.start, bounds.max))
+        self._size = float(self.limit)
+        self._levels = [_Level(self._size, now)]
+        self._proven = 0.0
+        self._pressed_at: float | None = None
+        self._suspect: float | None = None
+        self._slow = False
+        self._retry_at = 0.0
+        self._retry_seconds = RETRY_LIMIT_SECONDS
+
+    def press(self, now: float) -> None:
+        """Somebody waits because the limit is used up: let it grow by the time that went by so."""
+        since, self._pressed_at = self._pressed_at, now
+        ceiling = self._ceiling()
+        if since is None or self._size >= ceiling:
+            return
+        if not self._slow:
+            # Capped, since one long wait says no more than a short one.
+            self._resize(min(ceiling, self._size * math.exp(FAST_GROWTH * min(now - since, 0.25))), now)
+        elif now >= self._retry_at:
+            self._resize(min(ceiling, self._size + max(1.0, self._size * 0.05)), now)
+            self._schedule_retry(now)
+
+    def relax(self) -> None:
+        """Nobody waits for the limit any more."""
+        self._pressed_at = None
+
+    def next_growth(self, now: float) -> float:
+        """Return when the limit will have grown by one, if it stays used up."""
+        if self._size >= self._ceiling():
+            return math.inf
+        if self._slow:
+            return max(now, self._retry_at)
+        return now + max(0.01, math.log((self.limit + 1) / self._size) / FAST_GROWTH)
+
+    def answered(self, now: float, seconds: float) -> None:
+        """A request was answered that had taken so many seconds."""
+        sent = now - seconds
+        levels = self._levels
+        for level in reversed(levels):
+            if level.since <= sent:
+                break
+        else:
+            level = levels[0]
+        level.answers += 1
+        level.seconds += seconds
+        if level.limit > self._proven:
+            self._proven = level.limit
+        if level.answers == ENOUGH_ANSWERS and not self._slow:
+            self._judge(now)
+
+    def refused(self, now: float, accepted: int) -> None:
+        """The provider refused a request while it was working on ``accepted`` others."""
+        level = float(max(accepted, 1))
+        if self._slow or (
+            self._suspect is not None and 0.95 * self._suspect - 1 <= level <= 1.1 * self._suspect + 1
+        ):
+            # Twice at the same number: that is how many it takes at a time.
+            if level <= self.limit + 1:
+                self._suspect = level if self._suspect is None else min(level, self._suspect)
+                self._resize(min(self._size, self._suspect * 0.97), now)
+                self._slow = True
+                self._schedule_retry(now)
+            return
+        if self._suspect is None or level > self._suspect:
+            self._suspect = level
+        self._resize(min(self._size, level * CUT), now)
+
+    def _ceiling(self) -> float:
+        proven = max(UNPROVEN_FACTOR * self.bounds.start, PROVEN_FACTOR * self._proven)
+        return float(min(self.bounds.max, proven))
+
+    def _resize(self, size: float, now: float) -> None:
+        self._size = max(float(self.bounds.min), min(float(self.bounds.max), size))
+        self.limit = int(self._size)
+        level = self._levels[-1]
+        if self._size >= 2 * level.limit or self._size < level.limit:
+            self._levels.append(_Level(self._size, now))
+            del self._levels[:-8]
+
+    def _schedule_retry(self, now: float) -> None:
+        self._retry_at = now + self._retry_seconds
+        self._retry_seconds = min(2 * self._retry_seconds, RETRY_LIMIT_SECONDS_MAX)
+
+    def _judge(self, now: float) -> None:
+        """Stop growing where more in flight only made each answer slower."""
+        before: _Level | None = None
+        for level in self._levels:
+            throughput = level.throughput()
+            if throughput is None:
+                continue
+            if before is not None and level.limit > before.limit:
+                gain = throughput / (before.throughput() or throughput)
+                if gain < 1 + (WORTHWHILE - 1) * (level.limit / before.limit - 1):
+                    self._slow = True
+                    self._resize(before.limit, now)
+                    self._schedule_retry(now)
+                    return
+            before = level

@@ -1,0 +1,245 @@
+"""HTTP clients that are made once and used by many prompts.
+
+llm's OpenAI-family models make a client for each prompt: 25 ms of CPU, nearly all of it to load
+certificates, and a new connection. A ``ClientPool`` gives a model object (a copy that nobody else
+holds) an instance attribute ``get_client`` that remembers the clients it made. No class and no
+module is patched, so a model whose plugin makes its clients inside of ``execute()`` stays as it is.
+
+A pool lives as long as its owner: a group, or the event loop (``standalone_pool()``). Clients are
+kept per API key, address and headers, so two keys never share one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+from typing import TYPE_CHECKING, Any, Protocol
+
+import anyio
+import openai
+from anyio.lowlevel import RunVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Mapping
+
+#: How many requests one HTTP client is given at a time before another one is made beside it: httpcore
+#: looks through all connections of a pool for each request, which at 500 in flight costs as much CPU as
+#: the request itself.
+REQUESTS_PER_CLIENT = 64
+
+#: Connections a client may open; it is given more requests than ``REQUESTS_PER_CLIENT`` only when all
+#: the ``MOST_CLIENTS`` are that busy.
+MOST_CONNECTIONS = 512
+MOST_CLIENTS = 8
+
+#: Seconds an idle connection is kept: longer than a cooldown usually lasts.
+KEEPALIVE_SECONDS = 30.0
+
+#: How long closing all clients may take, in seconds.
+CLOSE_SECONDS = 5.0
+
+
+class Observe(Protocol):
+    """Is told each response's status and headers, and how many seconds after its request they came."""
+
+    def __call__(self, status: int, headers: Mapping[str, str], age: float = 0.0, /) -> object: ...
+
+
+class ClientPool:
+    """The clients of one owner, closed together."""
+
+    def __init__(self) -> None:
+        self._sets: dict[Hashable, _ClientSet] = {}
+        self._ssl_context: Any = None
+        self.closed = False
+
+    def adopt(self, model: Any, observe: Observe | None = None) -> bool:
+        """Have a model take its OpenAI clients from this pool.
+
+        Args:
+            model: a model object that nobody else holds; it gets instance attributes.
+            observe: called for each HTTP response, with its status and headers.
+
+        Returns:
+            whether the model is of a kind this can be done for; any other is left alone.
+        """
+        if not makes_openai_clients(model) or os.environ.get("LLM_OPENAI_SHOW_RESPONSES"):
+            # With that variable llm gives each client a transport of its own, which prints.
+            return False
+        original = model.get_client
+
+        def get_client(key: str | None, *, async_: bool = False) -> Any:
+            if not async_ or self.closed:
+                return original(key, async_=async_)
+            identity = (
+                model.key if model.key is not None else key,
+                model.api_base,
+                model.api_type,
+                model.api_version,
+                model.api_engine,
+                tuple(sorted((model.headers or {}).items())),
+                observe,
+            )
+            try:
+                clients = self._sets[identity]
+            except KeyError:
+                template = original(key, async_=True)
+                clients = self._sets[identity] = _ClientSet(template, observe, self._shared_ssl_context)
+            return clients.lease()
+
+        model.get_client = get_client
+        return True
+
+    def _shared_ssl_context(self) -> Any:
+        # Loading the certificates is what makes a client expensive.
+        if self._ssl_context is None:
+            self._ssl_context = _library_of(http_client_class()).create_ssl_context()
+        return self._ssl_context
+
+    async def aclose(self) -> None:
+        """Close every client; afterwards models get clients of their own again. Never hangs."""
+        self.closed = True
+        sets, self._sets = list(self._sets.values()), {}
+        with anyio.move_on_after(CLOSE_SECONDS, shield=True):
+            for clients in sets:
+                await clients.aclose()
+
+
+def makes_openai_clients(model: Any) -> bool:
+    """Say whether a model makes its clients with ``get_client(key, *, async_)``, as llm's own do."""
+    from llm.default_plugins import openai_models
+
+    if not isinstance(model, openai_models._Shared):
+        return False
+    try:
+        parameters = inspect.signature(model.get_client).parameters
+    except (TypeError, ValueError):  # pragma: no cover - a get_client written in C
+        return False
+    return list(parameters) == ["key", "async_"]
+
+
+class _ClientSet:
+    """Clients that are alike, each with connections of its own; the first that has room is used next."""
+
+    def __init__(self, template: Any, observe: Observe | None, ssl_context: Callable[[], Any]) -> None:
+        self._template = template
+        self._observe = observe
+        self._ssl_context = ssl_context
+        self._clients: list[_Client] = []
+        self._http_client_class = http_client_class()
+
+    def lease(self) -> Any:
+        if self._http_client_class is None:
+            # This version of openai has no class to make a transport with: one client, kept.
+            return self._template
+        least = None
+        for client in self._clients:
+            # Filling one after the other keeps few connections open, and those warm.
+            if client.busy < REQUESTS_PER_CLIENT:
+                return _Lease(client)
+            if least is None or client.busy < least.busy:
+                least = client
+        if least is None or len(self._clients) < MOST_CLIENTS:
+            least = _Client(self._template, self._http_client_class, self._observe, self._ssl_context())
+            self._clients.append(least)
+        return _Lease(least)
+
+    async def aclose(self) -> None:
+        try:
+            await self._template.close()
+        finally:
+            for client in self._clients:
+                await client.http.aclose()
+
+
+class _Client:
+    """One OpenAI client on a transport of its own, without the retries that openai makes in secret."""
+
+    def __init__(self, template: Any, http_client_class: Any, observe: Observe | None, verify: Any) -> None:
+        self.busy = 0
+        hooks = {} if observe is None else {"request": [_stamp], "response": [_reporter(observe)]}
+        self.http = http_client_class(
+            limits=_library_of(http_client_class).Limits(
+                max_connections=MOST_CONNECTIONS,
+                max_keepalive_connections=MOST_CONNECTIONS,
+                keepalive_expiry=KEEPALIVE_SECONDS,
+            ),
+            event_hooks=hooks,
+            verify=verify,
+        )
+        self.openai = template.with_options(max_retries=0, http_client=self.http)
+
+
+class _Lease:
+    """A client as one prompt sees it: the client counts as busy for as long as this object lives.
+
+    A model keeps its client in a local variable of ``execute()``, so that is until the answer is
+    complete, failed or given up, streamed or not.
+    """
+
+    __slots__ = ("_client",)
+
+    def __init__(self, client: _Client) -> None:
+        client.busy += 1
+        self._client = client
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client.openai, name)
+
+    def __del__(self) -> None:
+        self._client.busy -= 1
+
+
+_SENT = "datasette_llm.sent"
+
+
+async def _stamp(request: Any) -> None:
+    request.extensions[_SENT] = anyio.current_time()
+
+
+def _reporter(observe: Observe) -> Callable[[Any], Any]:
+    async def report(response: Any) -> None:
+        now = anyio.current_time()
+        observe(response.status_code, response.headers, now - response.request.extensions.get(_SENT, now))
+
+    return report
+
+
+def http_client_class() -> Any:
+    """Return openai's class of async HTTP clients with its own defaults, or ``None`` if it has none."""
+    for name in ("DefaultAsyncHttpx2Client", "DefaultAsyncHttpxClient"):
+        found = getattr(openai, name, None)
+        if found is not None:
+            return found
+    return None
+
+
+def _library_of(http_client_class: Any) -> Any:
+    """Return the module (httpx2, or httpx with an older openai) that a client class comes from."""
+    for base in http_client_class.__mro__:
+        name = base.__module__.partition(".")[0]
+        if name in ("httpx", "httpx2"):
+            return importlib.import_module(name)
+    raise TypeError(
+        f"{http_client_class} is not an httpx client"
+    )  # pragma: no cover - see http_client_class()
+
+
+_standalone: RunVar[ClientPool] = RunVar("datasette_llm_standalone_clients")
+
+
+def standalone_pool() -> ClientPool:
+    """Return the pool of this event loop's standalone prompts; whoever drains the loop closes it."""
+    pool = _standalone.get(None)
+    if pool is None or pool.closed:
+        pool = ClientPool()
+        _standalone.set(pool)
+    return pool
+
+
+async def close_standalone_pool() -> None:
+    """Close the clients of this event loop's standalone prompts, if there are any."""
+    pool = _standalone.get(None)
+    if pool is not None:
+        await pool.aclose()

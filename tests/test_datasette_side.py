@@ -19,8 +19,8 @@ from datasette.app import Datasette
 from datasette_llm import runtime
 from datasette_llm._compat import BaseExceptionGroup
 from datasette_llm.runtime import datasette_side as side
-from datasette_llm.runtime import hosted_loop
-from datasette_llm.runtime.hosted_loop import trio_asyncio
+from datasette_llm.runtime import hosted_loop, trio_loop
+from datasette_llm.runtime.trio_loop import trio_asyncio
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -618,24 +618,31 @@ class TestHostedLoop:
         assert scope.cancelled_caught
         assert await side.call(asyncio.sleep, 0, "opened all the same") == "opened all the same"
 
+    @pytest.fixture
+    def _no_trio_asyncio(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "trio_asyncio", None)
+        for module in (hosted_loop, trio_loop):
+            monkeypatch.delitem(sys.modules, module.__name__)
+            monkeypatch.delattr(runtime, module.__name__.rpartition(".")[2])
+
+    @pytest.mark.usefixtures("_no_trio_asyncio")
     @pytest.mark.parametrize(
         "use",
         [
             lambda: side.call(print),
             lambda: side.resolve(asyncio_sleeper([])),
-            lambda: side.open_side().__aenter__(),
             lambda: side.context_manager(Wrapper()).__aenter__(),
         ],
-        ids=["call", "resolve", "open_side", "context_manager"],
+        ids=["call", "resolve", "context_manager"],
     )
-    async def test_without_trio_asyncio_the_error_says_what_to_install(
-        self, use: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setitem(sys.modules, "trio_asyncio", None)
-        monkeypatch.delitem(sys.modules, hosted_loop.__name__)
-        monkeypatch.delattr(runtime, "hosted_loop")
+    async def test_without_trio_asyncio_the_error_says_what_to_install(self, use: Callable[[], Any]) -> None:
         with pytest.raises(RuntimeError, match=r"pip install 'datasette-llm\[trio\]'"):
             await use()
+
+    @pytest.mark.usefixtures("_no_trio_asyncio")
+    async def test_without_trio_asyncio_what_needs_no_datasette_works(self) -> None:
+        async with side.open_side():
+            assert await side.resolve("plain value") == "plain value"
 
 
 def _current() -> asyncio.Task[Any]:

@@ -59,13 +59,19 @@ async def resolve(value: Any) -> Any:
 async def open_side() -> AsyncIterator[None]:
     """Keep Datasette's side open while inside, also beyond the end of trio's main task.
 
-    Blocks may overlap in any order and in any tasks. Does nothing on asyncio.
+    Blocks may overlap in any order and in any tasks, and cost next to nothing: what is kept open is
+    started by the first call that needs it. Does nothing on asyncio, and without trio-asyncio.
     """
     if backend() == "asyncio":
         yield
-    else:
-        async with _hosted_loop().held():
-            yield
+        return
+    try:
+        kept = _hosted_loop().kept()
+    except RuntimeError:  # The first call will say so, if there ever is one.
+        yield
+        return
+    with kept:
+        yield
 
 
 def context_manager(factory: Callable[[], AbstractAsyncContextManager[T]]) -> AbstractAsyncContextManager[T]:

@@ -15,10 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
-import types
-import warnings
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import anyio
@@ -26,40 +23,15 @@ import trio
 
 from datasette_llm._compat import BaseExceptionGroup
 
+from .trio_loop import fit, trio_asyncio
+
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
-    from concurrent.futures import Executor
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from types import TracebackType
 
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
-
-
-def _import_trio_asyncio() -> Any:
-    """Import trio-asyncio, but leave asyncio's own loops to asyncio.
-
-    Once imported it answers every ``asyncio.new_event_loop()`` of the process, and so every later
-    ``asyncio.run()``, with a loop of its own that runs on trio: half as fast, and with less in it.
-    A program that imported it before us has chosen so.
-    """
-    chosen = "trio_asyncio" in sys.modules
-    new_event_loop = asyncio.new_event_loop
-    with warnings.catch_warnings():
-        # It derives from asyncio's child watchers, deprecated since Python 3.12.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        try:
-            import trio_asyncio
-        except AttributeError as error:
-            raise RuntimeError(
-                f"The installed trio-asyncio does not work on Python {sys.version_info[0]}."
-                f"{sys.version_info[1]} ({error}); use the asyncio backend here"
-            ) from error
-    if not chosen:
-        asyncio.new_event_loop = asyncio.events.new_event_loop = new_event_loop
-    return trio_asyncio
-
-
-trio_asyncio = _import_trio_asyncio()
+logger = logging.getLogger("datasette_llm")
 
 # How long the loop outlives trio's main task for those who still hold it: longer than the grace
 # period of a supervisor (5 s) and its exit hooks, yet no stuck plugin keeps the process for ever.
@@ -68,9 +40,6 @@ LINGER_SECONDS = 20.0
 # asyncio cancels once, which code may swallow or hang after; trio's deadlines must end it all the same.
 # Long enough for the cleanup of code that means well.
 CANCEL_AGAIN_SECONDS = 1.0
-
-# Enough to save most trips through trio's scheduler; a trio task waits for so many at most.
-CALLBACKS_PER_CHECKPOINT = 20
 
 _host: trio.lowlevel.RunVar[_Host | None] = trio.lowlevel.RunVar("datasette_llm hosted loop", default=None)
 
@@ -90,23 +59,26 @@ async def run(function: Callable[..., Awaitable[T]], *args: Any) -> T:
 
 @asynccontextmanager
 async def held() -> AsyncIterator[asyncio.AbstractEventLoop]:
-    """Yield the loop to use here; it stays open while inside."""
+    """Yield the loop to use here, started if need be; it stays open while inside."""
     loop = trio_asyncio.current_loop.get()
     if loop is not None and loop.is_running():
-        await _fit(loop)
+        await fit(loop)
         yield loop
         return
+    with kept() as host:
+        yield await host.started()
+
+
+@contextmanager
+def kept() -> Iterator[_Host]:
+    """Have the run's own loop stay open while inside, once somebody has started it."""
     host = _host.get()
     if host is None:
         host = _Host()
         _host.set(host)
-        trio.lowlevel.spawn_system_task(host.serve, name="datasette_llm hosted asyncio loop")
     host.holders += 1
     try:
-        await host.ready.wait()
-        if host.loop is None:
-            raise RuntimeError("trio-asyncio could not start its loop; the log says why")
-        yield host.loop
+        yield host
     finally:
         host.holders -= 1
         if not host.holders:
@@ -114,13 +86,23 @@ async def held() -> AsyncIterator[asyncio.AbstractEventLoop]:
 
 
 class _Host:
-    """The run's own loop, and who holds it."""
+    """The run's own loop, and who holds it. States: not needed yet, starting, open, lingering, gone."""
 
     def __init__(self) -> None:
         self.loop: asyncio.AbstractEventLoop | None = None
+        self.task: trio.lowlevel.Task | None = None
         self.holders = 0
         self.ready = trio.Event()
         self.idle = trio.Event()
+
+    async def started(self) -> asyncio.AbstractEventLoop:
+        """Return the loop; the first caller starts it."""
+        if self.task is None:
+            self.task = trio.lowlevel.spawn_system_task(self.serve, name="datasette_llm hosted asyncio loop")
+        await self.ready.wait()
+        if self.loop is None:
+            raise RuntimeError("trio-asyncio could not start its loop; the log says why")
+        return self.loop
 
     async def serve(self) -> None:
         """Own the loop, from the first holder until the end of the run. Never raises an error."""
@@ -128,7 +110,7 @@ class _Host:
             async with trio_asyncio.open_loop() as loop:
                 # trio-asyncio would end the loop over an asyncio task whose error nobody retrieved.
                 loop.set_exception_handler(asyncio.BaseEventLoop.default_exception_handler)
-                await _fit(loop)
+                await fit(loop)
                 self.loop = loop
                 self.ready.set()
                 try:
@@ -200,7 +182,7 @@ class ManagerTask(AbstractAsyncContextManager[T]):
         self,
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
-        traceback: types.TracebackType | None,
+        traceback: TracebackType | None,
     ) -> bool:
         error, absorbed = exc, False
         try:
@@ -291,63 +273,3 @@ def _raise_cancelled(raise_cancel: Callable[[], NoReturn] | None) -> NoReturn:
         raise_cancel()
     # asyncio's CancelledError would be no cancellation to trio, but a stray BaseException.
     raise RuntimeError("The asyncio code was cancelled, and not by its caller")
-
-
-async def _fit(loop: Any) -> None:
-    """Teach a hosted loop what Datasette and anyio expect of a loop and trio-asyncio lacks (once).
-
-    - Datasette hands the loop a thread pool of its own (before 1.0a40 or so, and plugins still do).
-    - asyncio's C code must see the loop running while its steps run. trio-asyncio replaces
-      ``asyncio.get_running_loop`` when it is imported; who took that name earlier, as anyio's
-      asyncio backend does in a process that uses both backends, would see no loop at all.
-    - Callbacks that are ready run in one go (measured: 30 callers at once, a query each: 110 us
-      instead of 180); trio-asyncio makes a timeout scope and a trip through trio's scheduler of each.
-    """
-    if "run_in_executor" in vars(loop):
-        return
-    hosted_run_in_executor = loop.run_in_executor
-
-    def run_in_executor(executor: Executor | None, function: Callable[..., T], *args: Any) -> Awaitable[T]:
-        if executor is None or isinstance(executor, trio_asyncio.TrioExecutor):
-            answer: Awaitable[T] = hosted_run_in_executor(executor, function, *args)
-            return answer
-        return asyncio.wrap_future(executor.submit(function, *args), loop=loop)
-
-    loop.run_in_executor = run_in_executor
-
-    step: Callable[[bool], Coroutine[Any, Any, None]] = loop._main_loop_one
-
-    @types.coroutine
-    def announced_step(no_wait: bool = False) -> Generator[Any, Any, None]:
-        if not no_wait:
-            try:
-                for _ in range(CALLBACKS_PER_CHECKPOINT):
-                    yield from _announced(loop, step(True))
-            except trio.WouldBlock:
-                pass
-        yield from _announced(loop, step(no_wait))
-
-    loop._main_loop_one = announced_step
-    await loop.synchronize()  # the step under way is still an unannounced one
-
-
-def _announced(
-    loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, None]
-) -> Generator[Any, Any, None]:
-    """Await ``coroutine``; while it runs, and not while it waits, ``loop`` is the running one."""
-    resume: Callable[[Any], Any] = coroutine.send
-    value: Any = None
-    while True:
-        asyncio._set_running_loop(loop)
-        try:
-            trap = resume(value)
-        except StopIteration:
-            return
-        finally:
-            asyncio._set_running_loop(None)
-        try:
-            value = yield trap
-            resume = coroutine.send
-        except BaseException as error:
-            value = error
-            resume = coroutine.throw

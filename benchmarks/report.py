@@ -128,6 +128,9 @@ def found(result: Result) -> str:
         notes.append(f"{refusals} refused ({refusals / result.n:.1%})")
     if missing := result.n - result.right - result.wrong:
         notes.append(f"{missing} lost" if missing > 0 else f"{-missing} more reads")
+    if result.failed:
+        errors = ", ".join(f"{count} {name}" for name, count in sorted(result.errors.items()))
+        notes.append(f"{errors} after {server.get('requests', 0)} requests")
     if result.wrong:
         notes.append(f"{result.wrong} wrong")
     if server.get("answered_twice"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .work import Result, Work
 
@@ -106,6 +106,7 @@ def all_scenarios(*, quick: bool = False) -> list[Scenario]:
         _wide(quick),
         *_rate_limited(quick),
         _faulty(quick),
+        _hopeless(quick),
         _fan_out(quick),
         _overhead(quick),
         _lookup(quick),
@@ -216,6 +217,48 @@ def _faulty(quick: bool) -> Scenario:
             scenario.wall_target("map streamed, 1 % torn", 3),
             none_lost("map streamed, 1 % torn"),
         ),
+    )
+
+
+def _hopeless(quick: bool) -> Scenario:
+    """Providers that never give an answer: it must end soon, in their own error."""
+    n, bound = (5 if quick else 20), (1.5 if quick else 5)
+    config = {"retries": {"attempts": 3, "timeout": bound}, "timeout": bound / 5}
+    ours = Work("map", n, config=config)
+    hopeless: dict[str, dict[str, Any]] = {
+        "refuses, says nothing": {"error_429": 1, "retry_after": "none"},
+        "says: in an hour": {"error_429": 1, "retry_after_seconds": 3600},
+        "answers 503": {"error_503": 1, "retry_after": "none"},
+        "never answers": {"never": 1},
+        "closes at once": {"close": 1},
+        "broken stream": {"broken_sse": 1},
+        "torn stream": {"torn": 1},
+        "wrong key": {"api_key": "sk-other"},
+    }
+    works = {
+        label: replace(ours, server=settings, stream="stream" in label)
+        for label, settings in hopeless.items()
+    }
+
+    def slowest(results: Results) -> float:
+        return max(result.wall for result in results.values())
+
+    def unfailed(results: Results) -> float:
+        return sum(result.n - result.failed for result in results.values())
+
+    def requests(results: Results) -> float:
+        return float(results["wrong key"].server["requests"])
+
+    return Scenario(
+        "hopeless",
+        f"{n:,} prompts to providers that never give an answer; attempts and seconds are bounded",
+        works,
+        targets=(
+            Target("slowest: seconds", bound * 1.2, slowest),
+            Target("prompts that did not fail", 0, unfailed),
+            Target("wrong key: requests", n, requests),
+        ),
+        once=True,
     )
 
 

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 
 def open_group(work: Work) -> AbstractAsyncContextManager[Any]:
-    """Return a group as a plugin opens one, in a Datasette that configures only the model."""
-    datasette = Datasette(memory=True, config={"plugins": {"datasette-llm": {"default_model": MODEL_ID}}})
+    """Return a group as a plugin opens one."""
+    config = {"default_model": MODEL_ID, **work.config}
+    datasette = Datasette(memory=True, config={"plugins": {"datasette-llm": config}})
     group: AbstractAsyncContextManager[Any] = LLM(datasette).group(concurrency=work.concurrency)
     return group
 

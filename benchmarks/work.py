@@ -18,6 +18,7 @@ class Work:
         stream: whether answers are streamed.
         readers: how many tasks read each stream at the same time.
         server: settings of the provider.
+        config: this package's configuration, besides the model.
         backend: ``asyncio`` or ``trio``; filled in by the harness, as is the next.
         url: the provider's address.
     """
@@ -28,6 +29,7 @@ class Work:
     stream: bool = False
     readers: int = 1
     server: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
     backend: str = "asyncio"
     url: str = ""
 

@@ -1,0 +1,416 @@
+"""``datasette llm``: enrich a table, see which models and purposes there are, try it out.
+
+Imports of what runs a job are inside of the commands: this module is loaded by every ``datasette``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from .enrich.job import JobSpec
+    from .enrich.report import EnrichReport
+
+# Generic to type checkers since click 8.4, and not at run time before it.
+if TYPE_CHECKING:
+    _ParamType = click.ParamType[float]
+else:
+    _ParamType = click.ParamType
+
+_UNIT_SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+
+
+class InputProblem(click.ClickException):
+    """What was asked cannot be done; nothing was sent."""
+
+    exit_code = 2
+
+
+class Duration(_ParamType):
+    """A time as people write it: 90, 90s, 45m, 1h30m, 2d."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, (int, float)):
+            return float(value)
+        text = value.strip().lower().replace(" ", "")
+        if re.fullmatch(r"\d+(\.\d+)?", text):
+            text += "s"
+        if not re.fullmatch(r"(\d+(\.\d+)?[smhd])+", text):
+            self.fail(f"{value!r} is no duration: write 90s, 45m, 1h30m or 2d", param, ctx)
+        parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text)
+        return sum(float(number) * _UNIT_SECONDS[unit] for number, unit in parts)
+
+
+_CONFIG_OPTION = click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Datasette's configuration file: models, purposes and keys are taken from it.",
+)
+_INTERNAL_OPTION = click.option(
+    "--internal",
+    type=click.Path(dir_okay=False),
+    help="Datasette's internal database, where datasette-secrets keeps keys.",
+)
+_PURPOSE = "enrichments"
+
+
+def register(cli: click.Group) -> None:
+    """Add the group ``llm`` to Datasette's commands."""
+    cli.add_command(llm_group)
+
+
+@click.group(name="llm")
+def llm_group() -> None:
+    """Run language models over the tables of a database."""
+
+
+@llm_group.command(name="enrich")
+@click.argument("database", type=click.Path(exists=True, dir_okay=False))
+@click.argument("table")
+@click.argument("prompt")
+@click.option("--column", metavar="NAME", help="Receives the answers; added if it does not exist.")
+@click.option("--model", "-m", metavar="ID", help="Id or alias; else the configured default.")
+@click.option("--system", "-s", metavar="TEXT", help="System prompt, the same for every row.")
+@click.option(
+    "--option",
+    "-o",
+    "options",
+    type=(str, str),
+    multiple=True,
+    metavar="NAME VALUE",
+    help="Option of the model, such as: -o temperature 0.2",
+)
+@click.option(
+    "--schema",
+    metavar="SCHEMA",
+    help="One column per property, typed: 'name, age int, bio: one sentence', or JSON schema.",
+)
+@click.option("--where", metavar="SQL", help="Only rows for which this condition holds.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Ask about N rows at most.")
+@click.option("--dry-run", is_flag=True, help="Count the rows, show the first three prompts; send nothing.")
+@click.option("--overwrite", is_flag=True, help="Also ask about rows that have a value, and replace it.")
+@click.option("--retry-failed", is_flag=True, help="Only ask about rows that failed before.")
+@click.option(
+    "--purpose", default=_PURPOSE, show_default=True, help="What the prompts are for, as configured."
+)
+@click.option("--key", metavar="KEY", help="API key, or the name of one stored with: llm keys set NAME")
+@_CONFIG_OPTION
+@_INTERNAL_OPTION
+@click.option(
+    "--concurrency", type=click.IntRange(min=1), metavar="N", help="Prompts in flight; adapts by default."
+)
+@click.option(
+    "--max-failures",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Stop when N rows have failed: the key is wrong, or the provider is down.",
+)
+@click.option(
+    "--max-tokens-total",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Stop when about N tokens, in and out together, are spent.",
+)
+@click.option(
+    "--deadline",
+    type=Duration(),
+    metavar="DURATION",
+    help="Stop after this time: 90s, 45m, 1h30m. Prompts in flight are completed.",
+)
+@click.option("--backend", type=click.Choice(["asyncio", "trio"]), default="asyncio", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress and no summary, only errors.")
+@click.pass_context
+def enrich_command(
+    ctx: click.Context,
+    /,
+    database: str,
+    table: str,
+    prompt: str,
+    key: str | None,
+    config: str | None,
+    internal: str | None,
+    backend: str,
+    as_json: bool,
+    quiet: bool,
+    options: tuple[tuple[str, str], ...],
+    **asked: Any,
+) -> None:
+    """Run a prompt for every row of a table, and write the answers into a column of it.
+
+    PROMPT is a Jinja template over the row: every column is a variable, and a name with spaces or
+    signs is {{ row["odd name"] }}. NULL renders as nothing. PROMPT "-" is read from standard input.
+
+    \b
+      datasette llm enrich data.db articles 'Summarize: {{ body }}' --column summary
+      datasette llm enrich data.db reviews '{{ text }}' \\
+          --schema 'sentiment, score int: from 1 to 5' --where 'text is not null'
+
+    Only rows that have no value yet are asked about, and answers are written as they arrive, so
+    that the same command goes on where it was stopped. Rows that fail are recorded in the table
+    _llm_enrich_errors and do not stop the others. They still have no value, so the next run tries
+    them again; --retry-failed tries only them. An answer to a row that was deleted, or whose text
+    was edited meanwhile, is dropped.
+
+    Ctrl-C stops: prompts in flight get a few seconds, what was answered is written, and the command
+    to go on with is shown. A second Ctrl-C stops at once.
+
+    \b
+    Exit codes: 0 all is done (or the deadline or the tokens were reached), 1 rows failed or the job
+    could not go on, 2 the command cannot be run as it is, 130 Ctrl-C, 143 SIGTERM.
+    """
+    from .enrich.command import exit_code, go_on
+    from .enrich.display import open_display
+    from .enrich.job import JobSpec
+
+    if asked["column"] is None and asked["schema"] is None:
+        raise click.UsageError(
+            "Say where the answers go: --column NAME, or --schema for one column per property."
+        )
+    spec = JobSpec(
+        database="",
+        table=table,
+        prompt=sys.stdin.read() if prompt == "-" else prompt,
+        options=dict(options),
+        key=_resolve_key(key),
+        **asked,
+    )
+    display = open_display(quiet=quiet)
+    report = _run_job(partial(_make_datasette, [database], config, internal), spec, display, backend)
+    if as_json:
+        click.echo(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
+    elif not quiet:
+        click.echo(report.summary())
+    if not quiet:
+        notes = not report.dry_run and (report.stopped or report.failed)
+        if notes:
+            click.echo(f"Go on with:\n  {go_on(report, [database, table, prompt], _given(ctx))}", err=as_json)
+        if not report.dry_run and not as_json and report.written:
+            click.echo(
+                f"See the result:\n  datasette {_quoted(database)}   then /{report.database}/{_path(table)}"
+            )
+    ctx.exit(exit_code(report))
+
+
+@llm_group.command(name="models")
+@click.option("--purpose", help="Models for this purpose.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_CONFIG_OPTION
+@_INTERNAL_OPTION
+def models_command(purpose: str | None, as_json: bool, config: str | None, internal: str | None) -> None:
+    """List the models that can be used: configured, allowed, and with a key."""
+    from .errors import ModelNotFoundError
+    from .facade import LLM
+
+    async def models(datasette: Any) -> list[dict[str, Any]]:
+        facade = LLM(datasette)
+        try:
+            default = (await facade.model(purpose=purpose)).model_id
+        except ModelNotFoundError:
+            default = None
+        return [
+            {
+                "model_id": model.model_id,
+                "default": model.model_id == default,
+                "schemas": bool(getattr(model, "supports_schema", False)),
+                "tools": bool(getattr(model, "supports_tools", False)),
+            }
+            for model in await facade.models(purpose=purpose)
+        ]
+
+    found = _with_datasette(partial(_make_datasette, [], config, internal), models)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    for model in found:
+        click.echo(model["model_id"] + ("  (default)" if model["default"] else ""))
+    if not found:
+        click.echo(
+            "No model can be used. Store a key with `llm keys set openai`, install a plugin such as "
+            "llm-anthropic, or see what the configuration allows.",
+            err=True,
+        )
+
+
+@llm_group.command(name="purposes")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_CONFIG_OPTION
+@_INTERNAL_OPTION
+def purposes_command(as_json: bool, config: str | None, internal: str | None) -> None:
+    """List what prompts are run for, and the default model of each purpose."""
+    from .errors import ModelNotFoundError
+    from .facade import LLM
+    from .purposes import get_purposes
+
+    async def purposes(datasette: Any) -> list[dict[str, Any]]:
+        found = []
+        for purpose in get_purposes(datasette):
+            try:
+                model: str | None = await LLM(datasette)._resolve_model_id(purpose=purpose.name)
+            except ModelNotFoundError:
+                model = None
+            found.append({"name": purpose.name, "description": purpose.description, "model": model})
+        return found
+
+    found = _with_datasette(partial(_make_datasette, [], config, internal), purposes)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    for purpose in found:
+        model = purpose["model"] or "no default model"
+        click.echo(
+            f"{purpose['name']}  ({model})"
+            + (f"  {purpose['description']}" if purpose["description"] else "")
+        )
+    if not found:
+        click.echo("No installed plugin has registered a purpose.", err=True)
+
+
+@llm_group.command(name="demo")
+@click.argument("path", default="demo.db", type=click.Path(dir_okay=False))
+@click.option("--backend", type=click.Choice(["asyncio", "trio"]), default="asyncio", show_default=True)
+def demo_command(path: str, backend: str) -> None:
+    """Build a small table at PATH and enrich it with a model that needs no key.
+
+    A second run finds nothing left to do. Delete the file to start over.
+    """
+    from .enrich import demo
+    from .enrich.command import exit_code
+    from .enrich.display import open_display
+    from .enrich.errors import EnrichInputError
+
+    try:
+        plan = demo.prepare(path)
+    except EnrichInputError as error:
+        raise InputProblem(str(error)) from None
+    click.echo(plan.introduction)
+    report = _run_job(
+        partial(_make_datasette, [path], None, None), plan.spec, open_display(quiet=False), backend
+    )
+    click.echo(report.summary())
+    click.echo(demo.closing_words(plan))
+    raise SystemExit(exit_code(report))
+
+
+def _run_job(make_datasette: Callable[[], Any], spec: JobSpec, display: Any, backend: str) -> EnrichReport:
+    """Run a job to its report; what stops it becomes a message and an exit code."""
+    from .enrich.command import run_job
+    from .enrich.errors import EnrichError
+
+    try:
+        report: EnrichReport = _run(partial(run_job, make_datasette, spec, display), backend)
+        return report
+    except EnrichError as error:
+        raise click.ClickException(str(error)) from error
+    finally:
+        display.close()
+
+
+def _with_datasette(make: Callable[[], Any], function: Callable[[Any], Awaitable[Any]]) -> Any:
+    from .enrich.command import started_datasette
+
+    async def main() -> Any:
+        async with started_datasette(make) as datasette:
+            return await function(datasette)
+
+    return _run(main, "asyncio")
+
+
+def _run(main: Callable[[], Awaitable[Any]], backend: str) -> Any:
+    import anyio
+    from datasette.utils import StartupError
+
+    from .enrich.errors import EnrichInputError
+    from .errors import ModelNotFoundError
+
+    if backend == "trio":
+        try:
+            import trio_asyncio  # noqa: F401
+        except ImportError:
+            raise InputProblem(
+                "--backend trio needs two more packages: pip install 'datasette-llm[trio]'"
+            ) from None
+    try:
+        return anyio.run(main, backend=backend)
+    except (EnrichInputError, ModelNotFoundError, StartupError) as error:
+        raise InputProblem(str(error)) from error
+    except KeyboardInterrupt:
+        click.echo("Interrupted before anything was sent.", err=True)
+        raise SystemExit(130) from None
+
+
+def _make_datasette(files: list[str], config: str | None, internal: str | None) -> Any:
+    from datasette.app import Datasette
+    from datasette.utils import BadMetadataError, parse_metadata
+
+    settings: Any = None
+    if config is not None:
+        try:
+            with open(config, encoding="utf-8") as file:
+                settings = parse_metadata(file.read())
+        except (BadMetadataError, UnicodeDecodeError) as error:
+            raise InputProblem(f"{config} is no configuration file: {error}") from None
+        if settings is not None and not isinstance(settings, dict):
+            raise InputProblem(f"{config} is no configuration file: it does not hold a mapping")
+    return Datasette(files, config=settings, internal=internal)
+
+
+def _resolve_key(key: str | None) -> str | None:
+    """Return a key as llm does: the argument, or the stored key of that name."""
+    if key is None:
+        return None
+    import llm
+
+    return llm.get_key(key)
+
+
+def _given(ctx: click.Context) -> list[tuple[str, str | None]]:
+    """Return the options of the command line, for a command to go on with; never a key."""
+    given: list[tuple[str, str | None]] = []
+    for param in ctx.command.params:
+        if not isinstance(param, click.Option) or param.name is None:
+            continue
+        if ctx.get_parameter_source(param.name) is not click.core.ParameterSource.COMMANDLINE:
+            continue
+        flag = param.opts[0]
+        value = ctx.params[param.name]
+        if param.name == "key":
+            given.append((flag, value if _is_stored_key(value) else "YOUR_KEY"))
+        elif param.name == "deadline":
+            given.append((flag, f"{value:g}s"))
+        elif param.is_flag:
+            given.append((flag, None))
+        elif param.multiple:
+            for name, setting in value:
+                given += [(flag, name), (setting, None)]
+        else:
+            given.append((flag, str(value)))
+    return given
+
+
+def _is_stored_key(name: str) -> bool:
+    import llm
+
+    return name in llm.load_keys()
+
+
+def _quoted(path: str) -> str:
+    import shlex
+
+    return shlex.quote(path)
+
+
+def _path(table: str) -> str:
+    from datasette.utils import tilde_encode
+
+    return str(tilde_encode(table))

@@ -1,0 +1,118 @@
+"""Bulk enrichment: a prompt for every row of a table, the answers in a column of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import AlreadyRunning, EnrichError, EnrichInputError
+from .job import EnrichJob, JobSpec
+from .report import EnrichProgress, EnrichReport, FailureKind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from pydantic import BaseModel
+
+__all__ = [
+    "AlreadyRunning",
+    "EnrichError",
+    "EnrichInputError",
+    "EnrichJob",
+    "EnrichProgress",
+    "EnrichReport",
+    "FailureKind",
+    "JobSpec",
+    "enrich",
+]
+
+
+async def enrich(
+    datasette: Any,
+    database: str,
+    table: str,
+    prompt: str,
+    *,
+    column: str | None = None,
+    model: str | None = None,
+    purpose: str | None = None,
+    actor: dict[str, Any] | None = None,
+    system: str | None = None,
+    schema: str | Mapping[str, Any] | type[BaseModel] | None = None,
+    options: Mapping[str, Any] | None = None,
+    where: str | None = None,
+    limit: int | None = None,
+    concurrency: int | None = None,
+    overwrite: bool = False,
+    retry_failed: bool = False,
+    dry_run: bool = False,
+    max_failures: int | None = None,
+    max_tokens_total: int | None = None,
+    deadline: float | None = None,
+    on_progress: Callable[[EnrichProgress], Any] | None = None,
+    key: str | None = None,
+) -> EnrichReport:
+    """Run a prompt for every row that has no value yet, and write the answers into the table.
+
+    Calling it again goes on where it stopped, however that was: answers are written as they arrive
+    (fifty rows or half a second to a transaction) and a row with a value is never asked about again.
+    A row that fails is recorded in ``_llm_enrich_errors`` and does not stop the others; it still has
+    no value, so the next run tries it again. After cancellation everything that was answered is
+    written.
+
+    Args:
+        datasette: the Datasette that has the database.
+        database: the name it is known by there.
+        table: a table; a view cannot be written.
+        prompt: a Jinja template over the row: every column is a variable, ``row["odd name"]`` too.
+        column: receives the answer; added if it does not exist. With a schema it is optional, and
+            receives the whole answer as JSON.
+        model: an id or alias; otherwise the configured default for the purpose.
+        purpose: what the prompts are for, as configuration and hooks know it.
+        actor: the Datasette actor they are for.
+        system: a system prompt, the same for every row.
+        schema: llm's concise syntax, JSON schema or a pydantic model: one column per property.
+        options: options of the model.
+        where: an SQL condition on the rows.
+        limit: how many rows to ask about at most.
+        concurrency: how many prompts are in flight at once; adapts to the provider by default.
+        overwrite: also ask about rows that have a value, and replace it.
+        retry_failed: only ask about rows that are recorded as failed.
+        dry_run: count, render the first prompts, send and write nothing.
+        max_failures: stop when so many rows have failed.
+        max_tokens_total: stop when about so many tokens, in and out, are spent.
+        deadline: stop after so many seconds; prompts in flight are still completed.
+        on_progress: called a few times a second with an `EnrichProgress`; may be async.
+        key: an API key, instead of the configured one.
+
+    Returns:
+        What was done; ``report.failed`` counts the rows that failed.
+
+    Raises:
+        EnrichInputError: what was asked cannot be done; nothing was sent and nothing was written.
+        AlreadyRunning: another job is writing to this column.
+        EnrichError: the database stayed locked, or cannot be written.
+        ModelNotFoundError: there is no such model, or not for this actor and purpose.
+    """
+    spec = JobSpec(
+        database=database,
+        table=table,
+        prompt=prompt,
+        column=column,
+        model=model,
+        purpose=purpose,
+        actor=actor,
+        system=system,
+        schema=schema,
+        options=dict(options or {}),
+        where=where,
+        limit=limit,
+        concurrency=concurrency,
+        overwrite=overwrite,
+        retry_failed=retry_failed,
+        dry_run=dry_run,
+        max_failures=max_failures,
+        max_tokens_total=max_tokens_total,
+        deadline=deadline,
+        key=key,
+    )
+    return await EnrichJob(datasette, spec, on_progress=on_progress).run()

@@ -1,0 +1,109 @@
+"""Running a job for a person at a terminal: Datasette around it, signals, exit codes, how to go on.
+
+The first Ctrl-C (or SIGTERM) stops the job: no more rows, a few seconds for the prompts in flight,
+which are paid for, and everything that was answered is written. The second one ends the process at
+once; what the last half second brought is then lost.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from datasette_llm._compat import BaseExceptionGroup
+from datasette_llm.runtime.datasette_side import call, open_side
+
+from .job import EnrichJob, JobSpec, raise_bare
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Sequence
+
+    from .display import Display
+    from .report import EnrichReport
+
+# How long prompts in flight may still take after the first Ctrl-C: most answers arrive within it, and
+# `docker stop` waits ten seconds before it kills.
+GRACE_SECONDS = 5.0
+CLOSE_SECONDS = 10.0
+
+EXIT_FAILED_ROWS = 1
+EXIT_USAGE = 2
+EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
+
+
+@asynccontextmanager
+async def started_datasette(make: Callable[[], Any]) -> AsyncIterator[Any]:
+    """Start a Datasette without a server, and shut it down again."""
+    async with open_side():
+        datasette = await call(make)
+        try:
+            await call(datasette.invoke_startup)
+            yield datasette
+        finally:
+            with anyio.move_on_after(CLOSE_SECONDS, shield=True):
+                if hasattr(datasette, "invoke_shutdown"):  # Datasette 1.0a40 and later
+                    await call(datasette.invoke_shutdown)
+                if hasattr(datasette, "close"):
+                    datasette.close()
+
+
+async def run_job(make_datasette: Callable[[], Any], spec: JobSpec, display: Display) -> EnrichReport:
+    """Run a job on the one database of a Datasette, under the signals of a terminal."""
+    async with started_datasette(make_datasette) as datasette:
+        spec = replace(spec, database=next(iter(datasette.databases)))
+        job = EnrichJob(datasette, spec, on_progress=display.update)
+        try:
+            async with anyio.create_task_group() as tasks:
+                await tasks.start(_obey_signals, job, display)
+                report = await job.run()
+                tasks.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            raise_bare(group)
+    return report
+
+
+async def _obey_signals(job: EnrichJob, display: Display, *, task_status: anyio.abc.TaskStatus[None]) -> None:
+    if sys.platform == "win32":
+        task_status.started()  # There asyncio has no signal handlers: Ctrl-C cancels the job.
+        return
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        task_status.started()
+        asked = False
+        async for number in signals:
+            if asked:
+                display.close()
+                sys.stderr.flush()
+                os._exit(128 + number)
+            asked = True
+            job.stop("SIGINT" if number == signal.SIGINT else "SIGTERM", grace_seconds=GRACE_SECONDS)
+            running = job.progress.running
+            display.note(
+                f"Stopping: up to {GRACE_SECONDS:.0f} s for {running:,} prompts in flight, then the last "
+                "answers are written. Once more to stop at once."
+            )
+
+
+def exit_code(report: EnrichReport) -> int:
+    """Return the exit code for a report: 0, 1 if rows failed, 130 or 143 after a signal."""
+    if report.stopped in EXIT_CODES:
+        return EXIT_CODES[report.stopped]
+    return EXIT_FAILED_ROWS if report.failed else 0
+
+
+def go_on(report: EnrichReport, arguments: Sequence[str], options: Sequence[tuple[str, str | None]]) -> str:
+    """Return the command that goes on where a stopped job ended."""
+    words = ["datasette", "llm", "enrich", *arguments]
+    for name, value in options:
+        if name == "--where" and report.resume_where is not None:
+            continue
+        words += [name] if value is None else [name, value]
+    if report.resume_where is not None:
+        words += ["--where", report.resume_where]
+    return shlex.join(words)

@@ -1,0 +1,93 @@
+"""Reading and writing one of Datasette's databases, patiently.
+
+Datasette's write thread prints whatever is raised there to stderr, so errors come back as values.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import anyio
+
+from datasette_llm.runtime.datasette_side import call
+
+from .errors import EnrichError, EnrichInputError
+from .table import nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
+# SQLite itself waits five seconds for a lock; this is for all the tries together. Longer than a
+# backup of a large file takes, shorter than a night of doing nothing.
+LOCKED_SECONDS = 120.0
+# Between two tries, so that a program that takes the lock often is not the only one that gets it.
+LOCKED_PAUSE_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    error: sqlite3.Error
+
+    @property
+    def locked(self) -> bool:
+        text = str(self.error)
+        return isinstance(self.error, sqlite3.OperationalError) and ("locked" in text or "busy" in text)
+
+
+def find_database(datasette: Any, name: str) -> Any:
+    """Return a database that can be written.
+
+    Raises:
+        EnrichInputError: there is none of that name, or it is immutable.
+    """
+    database = datasette.databases.get(name)
+    if database is None:
+        raise EnrichInputError(f"There is no database {name!r}: {nearest(name, datasette.databases)}")
+    if not database.is_mutable and database.path is not None:
+        raise EnrichInputError(f"The database {name!r} is immutable: answers cannot be written to it")
+    return database
+
+
+async def read(database: Any, function: Callable[[sqlite3.Connection], T]) -> T:
+    """Run ``function`` on a read connection, without Datasette's time limit for queries."""
+    return cast("T", await call(database.execute_fn, function))
+
+
+async def write(
+    database: Any, function: Callable[[sqlite3.Connection], T], *, patience_seconds: float = LOCKED_SECONDS
+) -> T:
+    """Run ``function`` on the write connection; it begins and ends its own transaction.
+
+    A locked database is waited for. A try that has begun is never cancelled, since the write thread
+    would finish it all the same; the waits in between can be, and then nothing was written.
+
+    Raises:
+        EnrichError: it stayed locked, or SQLite refuses.
+    """
+
+    def attempt(conn: sqlite3.Connection) -> T | _Failed:
+        try:
+            return function(conn)
+        except sqlite3.Error as error:
+            if conn.in_transaction:
+                conn.rollback()
+            return _Failed(error)
+
+    began = anyio.current_time()
+    while True:
+        with anyio.CancelScope(shield=True):
+            outcome = await call(database.execute_write_fn, attempt, transaction=False)
+        if not isinstance(outcome, _Failed):
+            return cast("T", outcome)
+        if not outcome.locked:
+            raise EnrichError(f"The database {database.name!r} cannot be written: {outcome.error}")
+        if anyio.current_time() - began >= patience_seconds:
+            raise EnrichError(
+                f"Another program has kept the database {database.name!r} locked for "
+                f"{anyio.current_time() - began:.0f} seconds: close what holds it and run this again"
+            )
+        await anyio.sleep(LOCKED_PAUSE_SECONDS)

@@ -1,0 +1,155 @@
+"""What a person sees while a job runs: a bar on a terminal, lines of text anywhere else."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+from tqdm import tqdm
+
+from .report import duration
+
+if TYPE_CHECKING:
+    from .report import EnrichProgress
+
+# With fewer columns than this the bar itself has no room beside the numbers.
+NARROW_COLUMNS = 70
+# Lines in a log: often enough to see that it lives, seldom enough to leave the log readable.
+LINE_SECONDS = 10.0
+LATER_LINE_SECONDS = 60.0
+
+
+class Display(Protocol):
+    """Shows the progress of one job."""
+
+    def update(self, progress: EnrichProgress) -> None:
+        """Show how far the job is."""
+
+    def note(self, text: str) -> None:
+        """Show a sentence, without disturbing the rest."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+
+def open_display(*, quiet: bool, stream: TextIO | None = None) -> Display:
+    """Return the display that fits where stderr goes."""
+    stream = sys.stderr if stream is None else stream
+    if quiet:
+        return Silence(stream)
+    return Bar(stream) if stream.isatty() else Lines(stream)
+
+
+class Silence:
+    """Shows notes only: somebody who presses Ctrl-C gets an answer."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def update(self, progress: EnrichProgress) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+class Lines(Silence):
+    """A line of text every so often, for pipes and logs."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._next = LINE_SECONDS
+
+    def update(self, progress: EnrichProgress) -> None:
+        if progress.elapsed >= self._next:
+            self._next = progress.elapsed + (LINE_SECONDS if progress.elapsed < 60 else LATER_LINE_SECONDS)
+            self.note(line(progress))
+
+
+class _Tqdm(tqdm):  # type: ignore[type-arg]
+    # No thread that watches for a stalled bar: the job reports often enough by itself.
+    monitor_interval = 0
+
+
+class Bar:
+    """tqdm's progress bar; in a narrow terminal the same without the bar."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._bar: Any = None
+
+    def update(self, progress: EnrichProgress) -> None:
+        if self._bar is None:
+            self._bar = _Tqdm(
+                file=self._stream, unit=" rows", leave=True, dynamic_ncols=True, mininterval=0, smoothing=0.1
+            )
+        bar = self._bar
+        columns = shutil.get_terminal_size().columns
+        bar.bar_format = _format(progress, columns)
+        bar.total = progress.total
+        bar.set_postfix_str(_counts(progress, columns), refresh=False)
+        bar.update(progress.done - bar.n)
+        bar.refresh()
+
+    def note(self, text: str) -> None:
+        _Tqdm.write(text, file=self._stream)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _format(progress: EnrichProgress, columns: int) -> str:
+    if progress.total is None:
+        return (
+            "{n_fmt} rows, {rate_fmt}{postfix}"
+            if columns < NARROW_COLUMNS
+            else ("{n_fmt} rows (still counting) [{elapsed}, {rate_fmt}{postfix}]")
+        )
+    if columns < NARROW_COLUMNS:
+        return "{percentage:.0f}% {n_fmt}/{total_fmt} {remaining}{postfix}"
+    return "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left, {rate_fmt}{postfix}]"
+
+
+def _counts(progress: EnrichProgress, columns: int) -> str:
+    narrow = columns < NARROW_COLUMNS
+    parts = []
+    if progress.stopping:
+        parts.append("stopping")
+    if progress.failed:
+        parts.append(f"{progress.failed:,} failed")
+    if narrow:
+        return ", ".join(parts)
+    if progress.retries:
+        parts.append(f"{progress.retries:,} retries")
+    tokens = progress.input_tokens + progress.output_tokens
+    if tokens:
+        parts.append(f"{_short(tokens)} tokens")
+    return ", ".join(parts)
+
+
+def _short(number: int) -> str:
+    for limit, sign in ((1_000_000_000, "G"), (1_000_000, "M"), (10_000, "k")):
+        if number >= limit:
+            return f"{number / (1_000 if sign == 'k' else limit):.1f}{sign}"
+    return f"{number:,}"
+
+
+def line(progress: EnrichProgress) -> str:
+    """Return one line of text about a job."""
+    rate = progress.rows_per_second
+    parts = [f"{progress.done:,}" + (f"/{progress.total:,}" if progress.total is not None else "") + " rows"]
+    parts.append(f"{rate:,.1f} rows/s")
+    if progress.total is not None and rate:
+        parts.append(f"{duration((progress.total - progress.done) / rate)} left")
+    if progress.failed:
+        parts.append(f"{progress.failed:,} failed")
+    if progress.retries:
+        parts.append(f"{progress.retries:,} retries")
+    if progress.input_tokens + progress.output_tokens:
+        parts.append(f"{progress.input_tokens + progress.output_tokens:,} tokens")
+    return ", ".join(parts)

@@ -254,7 +254,6 @@ class ChainTask(SupervisedTask):
         self._chain = chain
         self._make_plan = plan
         self._slots = slots
-        self._group = group
         self._reply_with = reply_with
         self._abandoned = False
         self._idling = False
@@ -292,14 +291,17 @@ class ChainTask(SupervisedTask):
             # No failure: the wrappers are left normally, so that what was used is accounted.
             self._pause = pause
             return
-        self.result.chain_complete = True
+        self._chain_complete = True
+        if self.result is not None:
+            self.result.chain_complete = True
 
     _pause: llm.PauseChain | None = None
+    _chain_complete = False
 
     async def after(self) -> None:
         if self._pause is not None:
             raise self._pause
-        if not self.result.chain_complete:
+        if not self._chain_complete:
             raise PromptCancelled("the chain was left by its reader before its end")
 
     async def _resumed(self, plan: ChainPlan) -> llm.Prompt:
@@ -341,7 +343,8 @@ class ChainTask(SupervisedTask):
         self._chain._responses.append(response)
         self._chain._tell_readers()
         await self.interruptible(ModelCall(self, response, ask, self._slots, self.choice.settings).run)
-        await self.result._succeeded()
+        if self.result is not None:
+            await self.result._succeeded()
         await response._run_callbacks()
         response._finish(None)
         counters = self.supervisor.counters

@@ -14,6 +14,7 @@ not wander between tasks.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -92,7 +93,7 @@ class MapRun(Generic[T]):
         self._stopped = False
         self._error: Exception | None = None
         self._outstanding = 0
-        self._room: anyio.Event | None = None
+        self._waiting_for_room: deque[anyio.Event] = deque()
         self._workers = 0
         self._scopes: dict[CancelScope, None] = {}
         self._running: dict[PromptTask, None] = {}
@@ -111,7 +112,10 @@ class MapRun(Generic[T]):
             self._begin()
         if not self._stopped:
             try:
-                pair = await self._finished.receive()
+                try:
+                    pair = self._finished.receive_nowait()
+                except anyio.WouldBlock:
+                    pair = await self._finished.receive()
             except anyio.EndOfStream:
                 self.stop()
                 if self._error is not None:
@@ -120,7 +124,7 @@ class MapRun(Generic[T]):
                 pass
             else:
                 self._outstanding -= 1
-                self._make_room()
+                self._wake_one()
                 return pair
         if self._group._cancelled:
             raise PromptCancelled("the group has been cancelled")
@@ -196,17 +200,16 @@ class MapRun(Generic[T]):
         except Exception as error:
             self._give(item, self._refused(error))
             return
-        self._running[task] = None
-        try:
-            if hooks_wrap_prompts():
-                # In a task of its own, so that context variables a wrapper sets end with the prompt.
+        if hooks_wrap_prompts():
+            # In a task of its own: shielded, and context variables a wrapper sets end with the prompt.
+            self._running[task] = None
+            try:
                 self._group.start(task)
                 await task.response.wait()
-            else:
-                self._group.adopt(task)
-                await task.run()
-        finally:
-            del self._running[task]
+            finally:
+                del self._running[task]
+        else:
+            await task.run_unwrapped()
         self._give(item, task.response)
 
     def _refused(self, error: Exception) -> PromptResponse:
@@ -230,20 +233,21 @@ class MapRun(Generic[T]):
     async def _wait_for_room(self) -> bool:
         """Wait until another item may be pulled. Returns whether there may be another item."""
         while self._outstanding >= self._group.slots.limit and not self._exhausted:
-            if self._room is None:
-                self._room = anyio.Event()
-            await self._room.wait()
+            room = anyio.Event()
+            self._waiting_for_room.append(room)
+            await room.wait()
         return not self._exhausted
 
-    def _make_room(self) -> None:
-        if self._room is not None:
-            self._room.set()
-            self._room = None
+    def _wake_one(self) -> None:
+        # One at a time: there is room for one, and waking all of them would cost the square of it.
+        if self._waiting_for_room:
+            self._waiting_for_room.popleft().set()
 
     def _end_source(self, error: Exception | None = None) -> None:
         self._exhausted = True
         self._error = self._error or error
-        self._make_room()
+        while self._waiting_for_room:
+            self._wake_one()
 
     async def _pull(self) -> tuple[T] | None:
         if not await self._wait_for_room():

@@ -13,7 +13,7 @@ from .retry import check_complete, classify, retrying
 from .throttle import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncGenerator, Callable
 
     import llm
 
@@ -40,6 +40,8 @@ class ModelCall:
         settings: retries and the timeout of an attempt.
     """
 
+    __slots__ = ("_ask", "_response", "_settings", "_slots", "_started", "_task")
+
     def __init__(
         self,
         task: SupervisedTask,
@@ -48,12 +50,12 @@ class ModelCall:
         slots: Slots,
         settings: PromptSettings,
     ) -> None:
-        self.began = False
         self._task = task
         self._response = response
         self._ask = ask
         self._slots = slots
         self._settings = settings
+        self._started: float | None = None
 
     async def run(self) -> None:
         """Call the model until there is an answer, or no point in calling it again.
@@ -61,7 +63,6 @@ class ModelCall:
         Raises:
             Exception: the model's or the provider's own, of the last attempt.
         """
-        started = anyio.current_time()
         try:
             await self._attempt()
         except Exception as error:
@@ -72,7 +73,7 @@ class ModelCall:
             return
         # Most prompts need no second attempt, so the retry loop is told of the first one afterwards.
         retries = self._settings.retries
-        async for attempt in retrying(retries, on_retry=self._count_retry, started=started):
+        async for attempt in retrying(retries, on_retry=self._count_retry, started=self._started):
             with attempt:
                 if first is not None:
                     failure, first = first, None
@@ -97,41 +98,41 @@ class ModelCall:
         response, slots = self._response, self._slots
         if response.attempts:
             response._restart(self._ask())
-        tokens = _estimated_tokens(response._observed)
+        tokens = _estimated_tokens(response._observed) if slots.paced else 0
         if not slots.acquire_nowait(tokens):
             if again is None:
                 await slots.acquire(tokens)
             else:
                 with again.waiting():
-                    await slots.acquire(tokens)
+                    await slots.acquire(tokens, first=True)
         outcome = _CANCELLED
-        started = anyio.current_time()
+        started = slots.now()
+        if self._started is None:
+            self._started = started
         try:
             response.attempts += 1
             self._begin()
-            try:
-                await self._drive_in_time()
-            finally:
-                seconds = anyio.current_time() - started
+            if self._settings.timeout is None:
+                await self._drive()
+            else:
+                await self._drive_in_time(self._settings.timeout)
+            seconds = slots.now() - started
             outcome = Outcome("ok", seconds=seconds, tokens=_used_tokens(response._observed))
         except Exception as error:
             failure = classify(error)
             kind = failure.kind if failure.kind in ("throttled", "transient") else "failed"
-            outcome = Outcome(kind, retry_after=failure.retry_after, seconds=anyio.current_time() - started)
+            outcome = Outcome(kind, retry_after=failure.retry_after, seconds=slots.now() - started)
             raise
         finally:
             slots.release(outcome)
 
     def _begin(self) -> None:
-        self._task.result._attempt(self._response._observed)
-        self._task.begin_running()
-        self.began = True
+        task = self._task
+        if task.result is not None:
+            task.result._attempt(self._response._observed)
+        task.begin_running()
 
-    async def _drive_in_time(self) -> None:
-        seconds = self._settings.timeout
-        if seconds is None:
-            await self._drive()
-            return
+    async def _drive_in_time(self, seconds: float) -> None:
         with anyio.move_on_after(seconds) as scope:
             await self._drive()
         if scope.cancelled_caught:
@@ -140,16 +141,25 @@ class ModelCall:
     async def _drive(self) -> None:
         """Let the model answer, chunk by chunk; afterwards its generator is closed, whatever happened."""
         observed = self._response._observed
-        publish = self._response._publish
-        events = observed.astream_events()
+        events: AsyncGenerator[Any, None] | None = None
         try:
-            async for event in events:
-                if not isinstance(event.chunk, str):
-                    raise _wrong_chunk(observed, event.chunk)
-                publish(event)
+            if observed.stream:
+                events = observed.astream_events()
+                publish = self._response._publish
+                async for event in events:
+                    if not isinstance(event.chunk, str):
+                        raise _wrong_chunk(observed, event.chunk)
+                    publish(event)
+            else:
+                # Half the layers, for an answer that comes in one piece.
+                await observed
+                _check_text(observed)
+                self._response._publish_all()
         except BaseException as error:
-            with anyio.move_on_after(CLOSE_SECONDS, shield=True):
-                await events.aclose()
+            opened = events or getattr(observed, "_generator", None)
+            if opened is not None:
+                with anyio.move_on_after(CLOSE_SECONDS, shield=True):
+                    await opened.aclose()
             # llm would call the model once more if somebody read this response now.
             observed._done = True
             if isinstance(error, AssertionError) and not error.args:
@@ -159,6 +169,12 @@ class ModelCall:
                 raise RuntimeError(f"the model raised {type(error).__name__}: {error}") from error
             raise
         check_complete(observed)
+
+
+def _check_text(observed: llm.AsyncResponse) -> None:
+    for event in observed._stream_events:
+        if not isinstance(event.chunk, str):
+            raise _wrong_chunk(observed, event.chunk)
 
 
 _PROGRAM_STOPS = (KeyboardInterrupt, SystemExit, GeneratorExit)

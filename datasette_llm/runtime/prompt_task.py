@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from anyio import get_cancelled_exc_class
 
+from ..errors import PromptCancelled
 from .model_call import ModelCall
 from .response import PromptResponse
 from .task import SupervisedTask
@@ -57,7 +58,8 @@ class PromptTask(SupervisedTask):
             # The history was not complete yet when this prompt was asked.
             self.response._restart(self._ask())
         await self.interruptible(self._call.run)
-        await self.result._succeeded()
+        if self.result is not None:
+            await self.result._succeeded()
 
     async def after(self) -> None:
         if self.response._callbacks:
@@ -75,6 +77,9 @@ class PromptTask(SupervisedTask):
             counters.input_tokens += observed.input_tokens or 0
             counters.output_tokens += observed.output_tokens or 0
         self.response._finish(error)
+        # The task, its call and its response know each other: without this only the garbage
+        # collector could free them.
+        del self._call
         if self._started is not None:
             self._started.set()
 
@@ -96,6 +101,22 @@ class PromptTask(SupervisedTask):
             # Nobody will ever hold the response.
             self.cancel()
             raise
-        if not self._call.began:
+        if not self._running:
             self.response._raise_error()
         return self.response
+
+    async def run_unwrapped(self) -> None:
+        """Run in the caller's task and cancel scope, for a prompt that no plugin wraps.
+
+        With nothing to settle there is nothing to shield. Errors go to the readers; if the scope is
+        cancelled, they get ``PromptCancelled``, and the caller the cancellation.
+        """
+        error: Exception | None = PromptCancelled("the prompt was cancelled")
+        self.supervisor.counters.waiting += 1
+        try:
+            await self._call.run()
+            error = None
+        except Exception as failure:
+            error = failure
+        finally:
+            self._end(error)

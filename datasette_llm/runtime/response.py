@@ -61,7 +61,7 @@ class PromptResponse(llm.AsyncResponse):
         # llm's own initialiser is not called: the state of the answer lives in the response object
         # that the model writes to, and __getattr__ reads it from there.
         self._observed = observed
-        self._on_cancel = on_cancel
+        self._on_cancel: Callable[[], None] | None = on_cancel
         self._reply_with = reply_with
         self._events: list[StreamEvent] = []
         self._finished = False
@@ -94,7 +94,7 @@ class PromptResponse(llm.AsyncResponse):
         Its model call is closed and its hook wrappers see ``PromptCancelled``; readers get the same
         once those have settled. Returns at once; cancelling twice is harmless.
         """
-        if not self._finished:
+        if self._on_cancel is not None:
             self._on_cancel()
 
     async def wait(self) -> None:
@@ -253,10 +253,16 @@ class PromptResponse(llm.AsyncResponse):
         # The readers' response keeps its identity however many attempts there are.
         observed.id = self._observed.id
         self._observed = observed
-        self._events.clear()
+        self._events = []
 
     def _publish(self, event: StreamEvent) -> None:
         self._events.append(event)
+        if self._bells:
+            self._ring()
+
+    def _publish_all(self) -> None:
+        """Every event of the observed response at once, for an answer that was asked for unstreamed."""
+        self._events = self._observed._stream_events
         if self._bells:
             self._ring()
 
@@ -282,6 +288,7 @@ class PromptResponse(llm.AsyncResponse):
         if self._finished:
             return
         self._finished = True
+        self._on_cancel = None
         self._error = error
         self._traceback = error.__traceback__ if error is not None else None
         self._callbacks.clear()

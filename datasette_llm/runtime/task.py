@@ -108,14 +108,15 @@ class SupervisedTask:
     ) -> None:
         self.supervisor = supervisor
         self.choice = choice
-        self.result = PromptResult(purpose=choice.purpose, group=group, is_chain=self.is_chain)
+        #: What the wrappers are given; there is none while nobody wraps the prompt.
+        self.result: PromptResult | None = None
         self.cancelled = False
         self.ended = False
         self._complete = False
         self._failure: Exception | None = None
         self._datasette = datasette
         self._prompt = prompt
-        self._gate = group.gate if group is not None else None
+        self._group = group
         self._turn = turn
         self._shield: CancelScope | None = None
         self._inner: CancelScope | None = None
@@ -207,7 +208,8 @@ class SupervisedTask:
         self._complete = True
 
     async def _work_inside(self, wrappers: list[Wrapper]) -> None:
-        gate = self._gate
+        gate = self._group.gate if self._group is not None else None
+        self.result = PromptResult(purpose=self.choice.purpose, group=self._group, is_chain=self.is_chain)
         alone = gate is not None and await self.interruptible(gate.first)
         try:
             async with entered(wrappers, self.result, self.check):

@@ -69,6 +69,15 @@ class Slots:
         """How many calls may be in flight now. An adaptive limit grows while somebody waits for it."""
         return self._lane.limit
 
+    @property
+    def paced(self) -> bool:
+        """Whether anything but the number of calls in flight can make somebody wait: what a call costs counts."""
+        return self._throttle._paced
+
+    def now(self) -> float:
+        """The event loop's clock, read faster than through anyio."""
+        return self._throttle._now()
+
     def acquire_nowait(self, tokens: int = 0) -> bool:
         """Take a slot if a call may start at once.
 
@@ -184,7 +193,8 @@ class Throttle:
             age: seconds since the request was sent.
         """
         now = self._now()
-        if self._announced.observe(now, headers, age, refused=status in (429, 503, 529)):
+        sent_since = self._cooldowns.sent_since(now - age)
+        if self._announced.observe(now, headers, age, sent_since, refused=status in (429, 503, 529)):
             self._paced = True
             if self._waiting:
                 self._dispatch(now)
@@ -259,15 +269,19 @@ class Throttle:
                 self._cooldowns.answered(now, outcome.seconds)
         elif outcome.kind == "throttled":
             self._cooldowns.refused(
-                now, outcome.seconds, outcome.retry_after, self._in_use - 1, self._announced.requests.known
+                now, outcome.seconds, outcome.retry_after, self._in_use - 1, self._announced.explains_refusal
             )
             self._paced = self._paced or self._cooldowns.active
 
-    def _cut(self, now: float, accepted: int) -> None:
-        """A pause is over that began when the provider was working on so many requests."""
-        for lane in self._adaptive_lanes.values():
-            if lane.adaptive is not None:
-                lane.adaptive.refused(now, accepted)
+    def _cut(self, now: float, accepted: int) -> bool:
+        """A pause is over that began when the provider was working on so many requests.
+
+        Returns:
+            whether that number is what it refused for.
+        """
+        lanes = [lane.adaptive for lane in self._adaptive_lanes.values() if lane.adaptive is not None]
+        # A list: each of them has to be told.
+        return any([lane.refused(now, accepted) for lane in lanes])
 
     async def _wait(self, waiter: _Waiter, *, first: bool) -> None:
         """Wait in the queue until somebody lets this waiter start."""
@@ -343,9 +357,12 @@ class Throttle:
             self._start(waiter.slots, now, waiter.tokens)
             waiter.granted = True
             waiter.event.set()
-        self._queues = [lane for lane in self._queues if lane.waiters]
         for lane in self._queues:
-            lane.note_blocked(now, blocked=lane.in_use < lane.limit)
+            blocked = lane.in_use < lane.limit
+            lane.note_blocked(now, blocked=blocked and bool(lane.waiters))
+            if lane.adaptive is not None and (blocked or not lane.waiters):
+                lane.adaptive.relax()
+        self._queues = [lane for lane in self._queues if lane.waiters]
         if self._leader is not None and self._leader.scope is not None and not self._leader.granted:
             self._leader.scope.deadline = self._next_opening(now)
 
@@ -361,8 +378,6 @@ class Throttle:
                 lane.adaptive.press(now)
                 if lane.in_use >= lane.limit:
                     continue
-            elif lane.adaptive is not None:
-                lane.adaptive.relax()
             if chosen is None or lane.waiters[0].ticket < chosen.waiters[0].ticket:
                 chosen = lane
         return chosen

@@ -16,8 +16,8 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from .enrich.job import JobSpec
     from .enrich.report import EnrichReport
+    from .enrich.spec import JobSpec
 
 # Generic to type checkers since click 8.4, and not at run time before it.
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def enrich_command(
     """
     from .enrich.command import exit_code, go_on
     from .enrich.display import open_display
-    from .enrich.job import JobSpec
+    from .enrich.spec import JobSpec
 
     if asked["column"] is None and asked["schema"] is None:
         raise click.UsageError(

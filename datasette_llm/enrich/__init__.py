@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .errors import AlreadyRunning, EnrichError, EnrichInputError
-from .job import EnrichJob, JobSpec
+from .job import EnrichJob
 from .report import EnrichProgress, EnrichReport, FailureKind
+from .spec import JobSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -20,13 +20,14 @@ import anyio
 from datasette_llm._compat import BaseExceptionGroup
 from datasette_llm.runtime.datasette_side import call, open_side
 
-from .job import EnrichJob, JobSpec, raise_bare
+from .job import EnrichJob, raise_bare
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
     from .display import Display
     from .report import EnrichReport
+    from .spec import JobSpec
 
 # How long prompts in flight may still take after the first Ctrl-C: most answers arrive within it, and
 # `docker stop` waits ten seconds before it kills.
@@ -83,7 +84,7 @@ async def _obey_signals(job: EnrichJob, display: Display, *, task_status: anyio.
                 os._exit(128 + number)
             asked = True
             job.stop("SIGINT" if number == signal.SIGINT else "SIGTERM", grace_seconds=GRACE_SECONDS)
-            running = job.progress.running
+            running = job.in_flight
             display.note(
                 f"Stopping: up to {GRACE_SECONDS:.0f} s for {running:,} prompts in flight, then the last "
                 "answers are written. Once more to stop at once."

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import EnrichInputError
-from .job import JobSpec
+from .spec import JobSpec
 from .table import quote
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import sqlite3
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import anyio
 
@@ -30,9 +30,9 @@ from .table import quote
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .outputs import Outputs
+    from .plan import Plan
     from .selection import Row
-    from .table import SQLValue, Table
+    from .table import SQLValue
 
 TRANSACTION_ROWS = 50
 TRANSACTION_SECONDS = 0.5
@@ -76,22 +76,13 @@ class Writer:
         seconds: how long writes have been under way.
     """
 
-    def __init__(
-        self,
-        database: Any,
-        table: Table,
-        outputs: Outputs,
-        *,
-        model_id: str | None,
-        overwrite: bool = False,
-        on_settled: Callable[[Outcome], None],
-    ) -> None:
-        self._database = database
+    def __init__(self, plan: Plan, model_id: str, on_settled: Callable[[Outcome], None]) -> None:
+        table, outputs = plan.table, plan.outputs
+        self._database = plan.database
         self._table = table
-        self._outputs = outputs
-        self.model_id = model_id
-        self._on_settled = on_settled
         self._label = outputs.label
+        self._model_id = model_id
+        self._on_settled = on_settled
         self._buffer: list[Result] = []
         self._closed = False
         self._some = anyio.Event()
@@ -101,7 +92,7 @@ class Writer:
 
         assignments = ", ".join(f"{quote(output.name)} = ?" for output in outputs.columns)
         self._keys = [f"{table.sql_name}.{key} is ?" for key in table.key]
-        empty = [] if overwrite else [f"{table.sql_column(name)} is null" for name in outputs.marks]
+        empty = [] if plan.spec.overwrite else [f"{table.sql_column(name)} is null" for name in outputs.marks]
         self._update = f"update {table.sql_name} set {assignments} where {' and '.join(self._keys + empty)}"
 
     async def add(self, result: Result) -> None:
@@ -182,7 +173,7 @@ class Writer:
         """Write a batch in one transaction, or return ``None`` if something in it ended that."""
         outcome = Outcome([], [], [])
         conn.execute("begin immediate")
-        records = failures.Records(conn, self._table.name, self._label, self.model_id)
+        records = failures.Records(conn, self._table.name, self._label, self._model_id)
         for result in batch:
             if result.error is None:
                 try:

@@ -1,0 +1,145 @@
+"""The books of one job: every row from pulled to settled, and when to pull no more.
+
+A row is *pulled* when its prompt is about to be asked, *answered* when that has come to an end, and
+*settled* when the database holds what came of it (or nothing is to be held).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from .errors import RowError
+from .report import EnrichProgress, FailureKind
+
+if TYPE_CHECKING:
+    from .report import EnrichReport, StopReason
+    from .selection import Row, Selection
+    from .spec import JobSpec
+    from .table import SQLValue
+    from .writer import Outcome
+
+
+class Ledger:
+    """Counts the rows of a job, and decides when it is over.
+
+    Attributes:
+        progress: how far the job is, as of the last `update_progress`.
+        stopping: why no more rows are pulled, if that is so.
+        cancel_at: when prompts in flight are cancelled.
+        model: the group's model, once there is one.
+    """
+
+    def __init__(self, spec: JobSpec) -> None:
+        self._spec = spec
+        self.progress = EnrichProgress()
+        self.stopping: StopReason | None = None
+        self.cancel_at = math.inf
+        self.model: Any = None
+        self.began = 0.0
+        self._pulled = 0
+        self._answered = 0
+        self._failed = 0
+        self._failures: dict[str, FailureKind] = {}
+        # Rows that were pulled and are not settled yet, in the order of their keys.
+        self._unsettled: dict[tuple[SQLValue, ...], None] = {}
+        self._last_pulled: tuple[SQLValue, ...] | None = None
+
+    @property
+    def elapsed(self) -> float:
+        return anyio.current_time() - self.began
+
+    @property
+    def in_flight(self) -> int:
+        return self._pulled - self._answered
+
+    def pull(self, row: Row) -> None:
+        self._pulled += 1
+        self._last_pulled = row.key
+        self._unsettled[row.key] = None
+
+    def answer(self, *, failed: bool = False) -> None:
+        self._answered += 1
+        self._failed += failed
+
+    def settle(self, report: EnrichReport, outcome: Outcome) -> None:
+        """Enter what a transaction did."""
+        report.written += len(outcome.written)
+        report.failed += len(outcome.failed)
+        report.changed += len(outcome.changed)
+        for results in (outcome.written, outcome.failed, outcome.changed):
+            for result in results:
+                self._unsettled.pop(result.row.key, None)
+        for result in outcome.failed:
+            known = self._failures.get(result.kind)
+            if known is not None:
+                known.count += 1
+            else:
+                self._failures[result.kind] = FailureKind(result.kind, 1, result.message, result.row.key)
+
+    def is_over(self) -> bool:
+        """Say whether no more rows are to be pulled, and remember why."""
+        spec = self._spec
+        if self.stopping is not None:
+            return True
+        if spec.limit is not None and self._pulled >= spec.limit:
+            return True
+        if spec.max_failures is not None and self._failed >= spec.max_failures:
+            self.stopping = "max_failures"
+        elif spec.deadline is not None and self.elapsed >= spec.deadline:
+            self.stopping = "deadline"
+        elif spec.max_tokens_total is not None and self._tokens_spoken_for() >= spec.max_tokens_total:
+            self.stopping = "max_tokens_total"
+        return self.stopping is not None
+
+    def _tokens_spoken_for(self) -> float:
+        """Return the tokens used, and what the prompts in flight will use if they are like the others."""
+        stats = self.model.stats
+        used: int = stats.input_tokens + stats.output_tokens
+        answered = self._answered - self._failed
+        each = used / answered if answered > 0 else 0
+        return used + each * self.in_flight
+
+    def kind_of(self, error: Exception) -> str:
+        """Return what failures are grouped by."""
+        return "row" if isinstance(error, RowError) else type(error).__name__
+
+    def message_of(self, error: Exception) -> str:
+        """Return an error's text, without the API key should a provider quote it."""
+        text = str(error)
+        for key in (self._spec.key, getattr(self.model, "_key", None)):
+            if isinstance(key, str) and len(key) > 3:
+                text = text.replace(key, "***")
+        return text or "(no message)"
+
+    def update_progress(self, report: EnrichReport) -> None:
+        progress, stats = self.progress, self.model.stats
+        progress.total = report.total
+        progress.done, progress.written = report.done, report.written
+        progress.failed, progress.changed = report.failed, report.changed
+        progress.running = self.in_flight
+        progress.retries = stats.retries
+        progress.input_tokens, progress.output_tokens = stats.input_tokens, stats.output_tokens
+        progress.elapsed = self.elapsed
+        progress.stopping = self.stopping
+
+    def close(self, report: EnrichReport) -> None:
+        """Complete the report with what is known at the end."""
+        report.stopped = self.stopping
+        report.elapsed = self.elapsed
+        report.cancelled = self.in_flight
+        report.failures = sorted(self._failures.values(), key=lambda kind: -kind.count)
+        if self.model is not None:
+            stats = self.model.stats
+            report.retries = stats.retries
+            report.input_tokens, report.output_tokens = stats.input_tokens, stats.output_tokens
+
+    def resume_where(self, rows: Selection) -> str | None:
+        """Return the condition for the rows from the first one on that is not settled."""
+        if self._unsettled:
+            return rows.from_key(next(iter(self._unsettled)), included=True)
+        if self._last_pulled is not None:
+            return rows.from_key(self._last_pulled, included=False)
+        return None

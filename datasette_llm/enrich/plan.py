@@ -1,0 +1,104 @@
+"""A job before it runs: its table, prompt, answers and rows, all checked; nothing is sent here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from .database import find_database, read, write
+from .errors import RowError
+from .outputs import Outputs
+from .pages import count_rows, first_rows
+from .schema import read_schema
+from .selection import FailedSelection, Selection
+from .table import read_table
+from .template import PromptTemplate
+
+if TYPE_CHECKING:
+    from .report import EnrichReport
+    from .selection import Row
+    from .spec import JobSpec
+    from .table import Table
+
+DRY_RUN_PROMPTS = 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job works with.
+
+    Attributes:
+        database: Datasette's database object.
+        schema: the JSON schema of an answer, if there is one.
+    """
+
+    spec: JobSpec
+    database: Any
+    table: Table
+    template: PromptTemplate
+    schema: dict[str, Any] | None
+    outputs: Outputs
+
+    @property
+    def source(self) -> Selection | FailedSelection:
+        """The rows to ask about."""
+        rows = self.rows
+        return FailedSelection(rows, self.outputs.label) if self.spec.retry_failed else rows
+
+    @property
+    def rows(self) -> Selection:
+        spec = self.spec
+        return Selection(self.table, self.template.columns, self.outputs.marks, spec.where, spec.overwrite)
+
+    async def check_first_row(self) -> bool:
+        """Say whether there is a row, having rendered it: an attempt to leave the sandbox shows then.
+
+        Raises:
+            EnrichInputError: there was one.
+        """
+        rows = await first_rows(self.database, self.source, 1)
+        if rows:
+            self._shown(rows[0])
+        return bool(rows)
+
+    async def with_columns(self) -> Plan:
+        """Add the output columns that the table lacks; return the plan for the table as it is then."""
+        if len(self.outputs.existing) == len(self.outputs.columns):
+            return self
+        await write(self.database, partial(self.outputs.add_columns, table=self.table))
+        table = await read(self.database, partial(read_table, name=self.table.name))
+        return replace(self, table=table, outputs=Outputs(table, self.spec.column, self.schema))
+
+    async def preview(self, report: EnrichReport) -> None:
+        """Count the rows and render the first prompts."""
+        limit = self.spec.limit
+        counted = await count_rows(self.database, self.source)
+        report.dry_run = True
+        report.total = report.remaining = counted if limit is None else min(counted, limit)
+        for row in await first_rows(self.database, self.source, min(DRY_RUN_PROMPTS, report.total)):
+            report.prompts.append(self._shown(row))
+
+    def _shown(self, row: Row) -> str:
+        try:
+            return self.template.render(row.values)
+        except RowError as error:
+            key = row.key[0] if len(row.key) == 1 else row.key
+            return f"(row {key!r} would fail: {error})"
+
+
+async def make_plan(datasette: Any, spec: JobSpec) -> Plan:
+    """Look at everything a job needs but its model.
+
+    Raises:
+        EnrichInputError: what was asked cannot be done.
+    """
+    spec.check()
+    database = find_database(datasette, spec.database)
+    table = await read(database, partial(read_table, name=spec.table))
+    template = PromptTemplate(spec.prompt, table.column_names)
+    schema = None if spec.schema is None else read_schema(spec.schema)
+    outputs = Outputs(table, spec.column, schema)
+    plan = Plan(spec, database, table, template, schema, outputs)
+    await read(database, plan.rows.check)
+    return plan

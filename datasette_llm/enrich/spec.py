@@ -1,0 +1,88 @@
+"""What a job is asked to do, and whether its model can do it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from .errors import EnrichInputError
+from .table import nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pydantic import BaseModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSpec:
+    """What a job is asked to do; `datasette_llm.enrich` explains each of these."""
+
+    database: str
+    table: str
+    prompt: str
+    column: str | None = None
+    model: str | None = None
+    purpose: str | None = None
+    actor: dict[str, Any] | None = None
+    system: str | None = None
+    schema: str | Mapping[str, Any] | type[BaseModel] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    where: str | None = None
+    limit: int | None = None
+    concurrency: int | None = None
+    overwrite: bool = False
+    retry_failed: bool = False
+    dry_run: bool = False
+    max_failures: int | None = None
+    max_tokens_total: int | None = None
+    deadline: float | None = None
+    key: str | None = field(default=None, repr=False)
+
+    def check(self) -> None:
+        """Check what needs neither the database nor the model.
+
+        Raises:
+            EnrichInputError: a number makes no sense.
+        """
+        for name in ("limit", "concurrency", "max_failures", "max_tokens_total", "deadline"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise EnrichInputError(f"{name} must be more than 0, not {value}")
+
+    def prompt_keywords(self, schema: dict[str, Any] | None) -> dict[str, Any]:
+        """Return what every prompt of the job is sent with."""
+        options = dict(self.options) or None
+        given = {"system": self.system, "schema": schema, "key": self.key, "options": options}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def check_model(self, model: Any, schema: dict[str, Any] | None) -> None:
+        """Refuse at once what the model would refuse for every single row.
+
+        Args:
+            model: the group's model; llm's own is its ``model``.
+            schema: what answers have to be.
+
+        Raises:
+            EnrichInputError: the model takes no schema, or not such options.
+        """
+        inner = getattr(model, "model", None)
+        if schema is not None and not getattr(inner, "supports_schema", True):
+            raise EnrichInputError(
+                f"The model {model.model_id!r} does not support schemas: do without, or choose another model"
+            )
+        options_class = getattr(inner, "Options", None)
+        if options_class is None or not self.options:
+            return
+        try:
+            options_class(**self.options)
+        except ValidationError as error:
+            for problem in error.errors(include_url=False):
+                name = str(problem["loc"][0]) if problem["loc"] else ""
+                if name in self.options:  # Others may come from the configuration.
+                    known = nearest(name, options_class.model_fields, what="its options are")
+                    raise EnrichInputError(
+                        f"The option {name!r} is not right for {model.model_id!r}: {problem['msg']}; {known}"
+                    ) from None

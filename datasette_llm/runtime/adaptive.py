@@ -109,22 +109,26 @@ class AdaptiveLimit:
         if level.answers == ENOUGH_ANSWERS and not self._slow:
             self._judge(now)
 
-    def refused(self, now: float, accepted: int) -> None:
-        """The provider refused a request while it was working on ``accepted`` others."""
+    def refused(self, now: float, accepted: int) -> bool:
+        """The provider refused a request while it was working on ``accepted`` others.
+
+        Returns:
+            whether it refuses for their number, as it seems: it did so at the same number before.
+        """
         level = float(max(accepted, 1))
-        if self._slow or (
-            self._suspect is not None and 0.95 * self._suspect - 1 <= level <= 1.1 * self._suspect + 1
-        ):
-            # Twice at the same number: that is how many it takes at a time.
-            if level <= self.limit + 1:
-                self._suspect = level if self._suspect is None else min(level, self._suspect)
-                self._resize(min(self._size, self._suspect * 0.97), now)
-                self._slow = True
-                self._schedule_retry(now)
-            return
-        if self._suspect is None or level > self._suspect:
+        suspect = self._suspect
+        if suspect is not None and 0.95 * suspect - 1 <= level <= 1.1 * suspect + 1:
+            self._suspect = min(level, suspect)
+            self._resize(min(self._size, self._suspect * 0.97), now)
+            self._slow = True
+            self._schedule_retry(now)
+            return True
+        self._slow = False
+        if suspect is None or level > suspect:
+            # The first time, or more than ever: perhaps that is how many it takes.
             self._suspect = level
-        self._resize(min(self._size, level * CUT), now)
+            self._resize(min(self._size, level * CUT), now)
+        return False
 
     def _ceiling(self) -> float:
         proven = max(UNPROVEN_FACTOR * self.bounds.start, PROVEN_FACTOR * self._proven)
@@ -153,7 +157,8 @@ class AdaptiveLimit:
                 gain = throughput / (before.throughput() or throughput)
                 if gain < 1 + (WORTHWHILE - 1) * (level.limit / before.limit - 1):
                     self._slow = True
-                    self._resize(before.limit, now)
+                    # As many as keep it busy at this throughput, were each answered as fast as before.
+                    self._resize(throughput * before.seconds / before.answers * 1.1, now)
                     self._schedule_retry(now)
                     return
             before = level

@@ -55,15 +55,26 @@ def seconds_until(text: str) -> float | None:
 class AnnouncedLimits:
     """The limits on requests and on tokens that were announced, each as a copy of the provider's bucket."""
 
-    __slots__ = ("known", "requests", "tokens")
+    __slots__ = ("explains_refusal", "known", "requests", "tokens")
 
     def __init__(self) -> None:
         self.known = False
+        # Whether the last refusal said that nothing remains: the pace will follow that.
+        self.explains_refusal = False
         self.requests = AnnouncedBucket()
         self.tokens = AnnouncedBucket()
 
-    def observe(self, now: float, headers: Mapping[str, str], age: float, *, refused: bool) -> bool:
-        """Read one response's headers; return whether they announce anything."""
+    def observe(
+        self, now: float, headers: Mapping[str, str], age: float, sent_since: int, *, refused: bool
+    ) -> bool:
+        """Read one response's headers; return whether they announce anything.
+
+        Args:
+            age: seconds since the request was sent.
+            sent_since: how many were sent after it.
+            refused: whether the response is a refusal.
+        """
+        explained = False
         for bucket, unit in ((self.requests, "requests"), (self.tokens, "tokens")):
             remaining = headers.get(f"x-ratelimit-remaining-{unit}")
             if remaining is not None:
@@ -78,10 +89,13 @@ class AnnouncedLimits:
             except ValueError:
                 continue
             wait = seconds_until(headers.get(reset) or "")
-            bucket.observe(now, most, max(0.0, left), wait, age)
+            bucket.observe(now, most, max(0.0, left), wait, age, sent_since)
             self.known = self.known or bucket.known
-        if refused and self.requests.known:
-            self.requests.refused(now)
+            explained = explained or (bucket.known and left < (1.0 if unit == "requests" else 0.25 * most))
+        if refused:
+            self.explains_refusal = explained
+            if self.requests.known and explained:
+                self.requests.refused(now)
         return self.known
 
     def opening(self, now: float, tokens: float) -> float:
@@ -101,11 +115,28 @@ class AnnouncedBucket:
     time until the bucket is full says otherwise (some providers announce limits per day or per second).
     """
 
-    __slots__ = ("_bucket", "_history_at", "_history_level", "_most_seen", "_window")
+    __slots__ = (
+        "_bucket",
+        "_history_at",
+        "_history_level",
+        "_is_window",
+        "_most_seen",
+        "_most_used",
+        "_reset_sum",
+        "_seen_at_first",
+        "_sent",
+        "_used_sum",
+        "_window_ends",
+    )
 
     def __init__(self) -> None:
         self._bucket: Bucket | None = None
         self._most_seen = 0.0
+        self._used_sum = self._reset_sum = self._most_used = 0.0
+        self._sent = 0
+        self._seen_at_first: tuple[float, float] | None = None
+        self._is_window = False
+        self._window_ends = 0.0
         self._history_at: list[float] = []
         self._history_level: list[float] = []
 
@@ -121,6 +152,9 @@ class AnnouncedBucket:
         bucket = self._bucket
         if bucket is None:
             return now
+        if self._is_window and now < self._window_ends:
+            # All that remains may be used at once, and then nothing comes in until the window is over.
+            return now if bucket.level >= amount else self._window_ends
         return bucket.opening(now, min(amount, bucket.capacity) + self._margin())
 
     def take(self, now: float, amount: float) -> None:
@@ -139,36 +173,72 @@ class AnnouncedBucket:
             self._bucket.fill(now)
             self._bucket.level = min(self._bucket.level, 0.0)
 
-    def observe(self, now: float, limit: float, remaining: float, reset: float | None, age: float) -> None:
+    def observe(
+        self, now: float, limit: float, remaining: float, reset: float | None, age: float, sent_since: int
+    ) -> None:
         """A request that was sent ``age`` seconds ago left so much of the limit."""
+        sent = now - age
         self._most_seen = max(self._most_seen, remaining + 1.0)
-        rate = self._rate(limit, remaining, reset)
+        self._look_for_window(sent, limit - remaining, reset)
+        rate = self._rate(limit, remaining, reset, sent_since)
         if rate is None:
             return
         bucket = self._bucket
         if bucket is None:
-            # The requests that are on their way now were counted by nobody here: assume the worst.
-            bucket = self._bucket = Bucket(rate, self._most_seen, remaining, now)
+            level = min(self._most_seen, remaining - sent_since + rate * age)
+            self._bucket = Bucket(rate, self._most_seen, level, now)
             return
         bucket.fill(now)
         bucket.rate = rate
         bucket.capacity = self._most_seen
-        index = bisect_right(self._history_at, now - age + 0.001) - 1
-        held_then = self._history_level[index] if index >= 0 else bucket.level
+        index = bisect_right(self._history_at, sent + 0.001) - 1
+        if index < 0:
+            # Sent before anything was announced: what it left was used by others since.
+            return
+        held_then = self._history_level[index]
         # Providers round down what remains.
         error = remaining + 0.5 - held_then
         # Downward at once: somebody else may use the same limit. Upward in steps, since it may be late news.
-        bucket.level = min(bucket.capacity, bucket.level + (error if error < 0 else 0.3 * error))
-        for later in range(max(index, 0), len(self._history_level)):
-            self._history_level[later] += error if error < 0 else 0.3 * error
+        correction = error if error < 0 else 0.3 * error
+        bucket.level = min(bucket.capacity, bucket.level + correction)
+        for later in range(index, len(self._history_level)):
+            self._history_level[later] += correction
 
     def _margin(self) -> float:
         return min(MARGIN, MARGIN_SHARE * self._most_seen)
 
-    def _rate(self, limit: float, remaining: float, reset: float | None) -> float | None:
+    def _look_for_window(self, sent: float, used: float, reset: float | None) -> None:
+        """Tell a window from a bucket, which is full again the later the more is taken."""
+        if reset is None:
+            return
+        over_at = sent + reset
+        if self._seen_at_first is None or over_at > self._seen_at_first[0] + 1 + 0.5 * reset:
+            self._seen_at_first = (over_at, used)
+            return
+        first_over_at, first_used = self._seen_at_first
+        moved = abs(over_at - first_over_at)
+        self._is_window = used - first_used >= 5 and reset > 1 and moved < 0.02 * reset + 0.05
+        self._window_ends = over_at
+
+    def _rate(self, limit: float, remaining: float, reset: float | None, sent_since: int) -> float | None:
         per_minute = limit / 60 if limit > 0 else None
         used = limit - remaining
-        by_reset = used / reset if reset and used >= 1 and remaining > 0.3 * limit else None
-        if per_minute is None or by_reset is None:
-            return per_minute or by_reset
-        return per_minute if 0.4 <= by_reset / per_minute <= 2.5 else by_reset
+        if reset and used >= 1:
+            # Weighted by what was used: of that, the rounding is the smaller part the more it is.
+            self._used_sum = 0.95 * self._used_sum + max(0.5, used - 0.5)
+            self._reset_sum = 0.95 * self._reset_sum + reset
+            self._most_used = max(self._most_used, used)
+        if self._reset_sum <= 0 or used != used:
+            return per_minute
+        by_reset = self._used_sum / self._reset_sum
+        if per_minute is None:
+            return by_reset
+        self._sent += 1
+        if by_reset < 0.4 * per_minute:
+            # A limit per hour or day, or a window that has only begun.
+            return per_minute if self._is_window else by_reset
+        if by_reset <= 2.5 * per_minute:
+            return per_minute
+        # A limit per second, or one per minute that is enforced with a smaller bucket than it says: then more
+        # seems to be used than was ever sent.
+        return by_reset if used <= 1.2 * (self._sent + sent_since) + 2 else per_minute

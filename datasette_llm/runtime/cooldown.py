@@ -14,6 +14,7 @@ A pause ends early when requests that were sent after the refused one are being 
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -31,8 +32,12 @@ PAUSE_SECONDS, PAUSE_SECONDS_MAX = 0.5, 30.0
 ANSWERS_TO_RESUME = 3
 #: Refusals within so many seconds count as "at once", from so many on and from this share of the requests.
 AT_ONCE_SECONDS, AT_ONCE, AT_ONCE_SHARE = 0.3, 3, 0.1
-#: A gap in sending that ends what is counted as "busy", in seconds.
-IDLE_SECONDS = 1.0
+#: The same once refusals were seen to strike at random.
+AT_ONCE_AT_RANDOM, AT_ONCE_AT_RANDOM_SHARE = 5, 0.2
+#: Requests that such a judgement takes, at least.
+ENOUGH_REQUESTS = 20
+#: A gap in sending, in seconds, after which what was sent before does not count.
+IDLE_SECONDS = 5.0
 
 
 @dataclass(slots=True)
@@ -41,7 +46,6 @@ class _Pause:
     until: float
     refused_was_sent: float
     in_flight: int
-    sent: int
     refused: int = 1
     answered_later: int = 0
     ended: bool = False
@@ -53,10 +57,11 @@ class Cooldowns:
     Args:
         model_id: for the log.
         most_seconds: no pause is longer, whatever the provider asks for.
-        cut: told, when a pause is over, how many requests the provider was working on as it refused.
+        cut: told, when a pause is over, how many requests the provider was working on as it refused; says
+            whether that is the reason for the refusal.
     """
 
-    def __init__(self, model_id: str, most_seconds: float, cut: Callable[[float, int], None]) -> None:
+    def __init__(self, model_id: str, most_seconds: float, cut: Callable[[float, int], bool]) -> None:
         self.active = False
         self.most_seconds = most_seconds
         self._model_id = model_id
@@ -64,10 +69,11 @@ class Cooldowns:
         self._found = FoundRate()
         self._pause: _Pause | None = None
         self._trial: Bucket | None = None
-        self._strike_at_random = False
+        self._strikes_at_random = False
         self._refused_in_a_row = 0
         self._sent: deque[float] = deque(maxlen=4096)
         self._sent_count = 0
+        self._lone_at = -math.inf
         self._refused_count = 0
         self._refused_at: deque[float] = deque(maxlen=64)
         self._accepted_at_pause = 0
@@ -105,6 +111,15 @@ class Cooldowns:
             if self._trial is not None:
                 self._trial.take(now)
 
+    def sent_since(self, moment: float) -> int:
+        """Return how many requests were sent after that moment."""
+        number = 0
+        for at in reversed(self._sent):
+            if at <= moment:
+                break
+            number += 1
+        return number
+
     def not_sent(self, now: float) -> None:
         """The request that ``sent()`` was called for was cancelled before it could be."""
         self._sent_count -= 1
@@ -132,21 +147,21 @@ class Cooldowns:
         if sent > pause.refused_was_sent:
             pause.answered_later += 1
             if pause.answered_later >= ANSWERS_TO_RESUME and pause.answered_later > 10 * (pause.refused - 1):
-                self._strike_at_random = True
+                self._strikes_at_random = True
                 pause.until, pause.ended = now, True
-                self._found.lone_refusal(now)
+                self._found.lone_refusal(now, self._sent_count - self._refused_count)
                 self._log_end()
                 return True
         return False
 
     def refused(
-        self, now: float, seconds: float, retry_after: float | None, in_flight: int, announced: bool
+        self, now: float, seconds: float, retry_after: float | None, in_flight: int, explained: bool
     ) -> None:
         """A request was refused that had been sent so many seconds ago.
 
         Args:
             in_flight: how many others are on their way.
-            announced: whether the pace follows limits that the provider announces.
+            explained: whether the provider announced that nothing remains; the pace follows that.
         """
         self._refused_count += 1
         pause = self._pause
@@ -157,35 +172,41 @@ class Cooldowns:
             if not pause.ended and retry_after is not None:
                 pause.until = max(pause.until, now + min(retry_after, self.most_seconds))
             return
-        self._refused_at.append(now)
-        if (announced or self._strike_at_random or self._found.bucket is not None) and not self._at_once(now):
-            # Case 3.
-            self._found.lone_refusal(now)
-            return
+        if explained or self._strikes_at_random or self._found.bucket is not None:
+            # Those that were on their way when the last one was refused tell nothing new.
+            if sent > self._lone_at:
+                self._refused_at.append(now)
+            if not self._at_once():
+                # Case 3.
+                if sent > self._lone_at:
+                    self._found.lone_refusal(now, self._sent_count - self._refused_count)
+                    self._lone_at = now
+                return
         # Cases 2 and 4.
         wait = retry_after
         if wait is None:
             wait = min(PAUSE_SECONDS_MAX, PAUSE_SECONDS * 2**self._refused_in_a_row)
         wait = min(wait, self.most_seconds)
         self.active = True
-        self._pause = _Pause(now, now + wait, sent, in_flight, self._sent_count)
-        self._found.begin_episode(now)
+        self._refused_at.clear()
+        self._pause = _Pause(now, now + wait, sent, in_flight)
         logger.warning("Model %s: rate limit reached, no prompts for %.1f seconds", self._model_id, wait)
 
-    def _at_once(self, now: float) -> bool:
-        since = now - AT_ONCE_SECONDS
-        refused = sum(1 for at in self._refused_at if at >= since)
-        if self._found.bucket is not None and self._found.measurements == 0:
-            # The rate is only guessed, too high: what matters is to measure it soon.
-            return refused >= 2
-        if refused < AT_ONCE:
+    def _at_once(self) -> bool:
+        if not self._refused_at:
             return False
-        sent = 0
-        for at in reversed(self._sent):
-            if at < since:
-                break
-            sent += 1
-        return refused >= AT_ONCE_SHARE * sent
+        now = self._refused_at[-1]
+        since = now - AT_ONCE_SECONDS
+        if len(self._sent) >= ENOUGH_REQUESTS:
+            since = min(since, self._sent[-ENOUGH_REQUESTS])
+        refused = sum(1 for at in self._refused_at if at >= since)
+        least, share = AT_ONCE, AT_ONCE_SHARE
+        if self._strikes_at_random:
+            least, share = AT_ONCE_AT_RANDOM, AT_ONCE_AT_RANDOM_SHARE
+        elif self._found.bucket is not None and not self._found.measured:
+            # The rate is only guessed, too high: what matters is to measure it soon.
+            least = 2
+        return refused >= least and refused >= share * self.sent_since(since)
 
     def _end(self, pause: _Pause, now: float) -> None:
         pause.ended = True
@@ -198,20 +219,27 @@ class Cooldowns:
             # Nothing at all passes: let in one at a time, until one is answered.
             self._refused_in_a_row += 1
             self._trial = Bucket(1.0, 1.0, 1.0, now)
-        busy_seconds, busy = self._busy_before(pause.begun)
-        self._found.end_episode(now, accepted, busy_seconds, max(0, busy - pause.refused))
-        self._cut(now, max(0, pause.in_flight - (pause.refused - 1)))
+        if self._cut(now, max(0, pause.in_flight - (pause.refused - 1))):
+            self._found.forget()
+        else:
+            busy = self._busy_until(pause.begun)
+            # The bucket was empty from the first refusal on, so it is the latest that were refused.
+            accepted_at = busy[: max(0, len(busy) - pause.refused)]
+            self._found.learn(now, pause.refused_was_sent, accepted_at, accepted)
         self._log_end()
 
-    def _busy_before(self, moment: float) -> tuple[float, int]:
-        number, earliest = 0, moment
+    def _busy_until(self, moment: float) -> list[float]:
+        """Return when requests were sent before a moment, back to the last long gap."""
+        busy: list[float] = []
+        last = moment
         for at in reversed(self._sent):
-            if at > moment:
-                continue
-            if earliest - at > IDLE_SECONDS:
+            if last - at > IDLE_SECONDS:
                 break
-            number, earliest = number + 1, at
-        return moment - earliest, number
+            if at <= moment:
+                busy.append(at)
+                last = at
+        busy.reverse()
+        return busy
 
     def _log_end(self) -> None:
         rate = self.rate

@@ -8,9 +8,13 @@ announces in headers are in ``announced``. All times are the event loop's, in se
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from .policy import RateLimit
 
 #: A configured limit is spread evenly, but for this many seconds' worth: providers who say "per
@@ -27,6 +31,8 @@ RESERVE_USED = 0.8
 PROBE_AFTER_SECONDS = 4.0
 PROBE_GROWTH = 0.01
 PROBE_GROWTH_MAX = 0.15
+#: The same for a rate that is only guessed: the sooner it is refused, the sooner it is measured.
+GUESS_AFTER_SECONDS, GUESS_GROWTH = 0.5, 0.5
 
 
 class Bucket:
@@ -80,97 +86,142 @@ def fixed_buckets(limit: RateLimit | None, now: float) -> tuple[Bucket | None, B
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """A moment when the provider's bucket was empty, and what it had accepted before.
+
+    Attributes:
+        windows: seconds before that moment, and how many requests were accepted within them.
+        since_empty: the same, back to the refusal before, when the bucket was empty too.
+    """
+
+    windows: list[tuple[float, int]]
+    since_empty: tuple[float, int] | None
+
+    def rate(self, burst: float) -> float:
+        """Return the rate that explains this refusal, if the bucket holds so much.
+
+        A bucket that is empty now has let through at most ``burst + rate * seconds`` in any time before,
+        and just that since it was last full; since it was last empty, at most ``rate * seconds``.
+        """
+        best = max(((number - burst) / seconds for seconds, number in self.windows), default=0.0)
+        if self.since_empty is not None:
+            seconds, number = self.since_empty
+            best = max(best, number / seconds)
+        return best
+
+    def unexplained(self, rate: float, burst: float) -> float:
+        """Return how many requests more than it did such a bucket would have accepted."""
+        slack = min((burst + rate * seconds - number for seconds, number in self.windows), default=math.inf)
+        if self.since_empty is not None:
+            seconds, number = self.since_empty
+            slack = min(slack, rate * seconds - number)
+        return slack if slack < math.inf else 0.0
+
+
 class FoundRate:
     """Find the rate and burst of a provider's limit, from when it refuses.
 
-    Between two refusals the provider's bucket went from empty to empty, so what it accepted in between
-    is what it was filled with: that is the rate, whatever the burst. The first refusal alone gives
-    only an upper bound, since the burst is in it.
+    Each refusal gives, for every burst, the rate that explains it. One alone leaves both open: it is
+    followed by a guess that is rather too high. Two or more of them agree on one burst only.
 
     States: *free* (no refusal yet, ``bucket`` is ``None``), *guessed* (one), *measured* (two or more).
     """
 
     def __init__(self) -> None:
         self.bucket: Bucket | None = None
-        self.measurements = 0
-        self._first: tuple[float, float] | None = None
-        self._episode: float | None = None
-        self._pause_seconds = 0.0
-        self._accepted_before = 0
+        self.measured = False
+        self._refusals: list[_Refusal] = []
+        self._empty_at = -math.inf
+        self._accepted_at_empty = 0
         self._calm_since = 0.0
-        self._burst = 0.0
 
-    def begin_episode(self, now: float) -> None:
-        """The provider's bucket is empty now."""
-        self._previous_episode, self._episode = self._episode, now
+    def forget(self) -> None:
+        """The refusals had another reason than the rate."""
+        self.bucket = None
+        self.measured = False
+        self._refusals.clear()
+        self._empty_at = -math.inf
 
-    def end_episode(self, now: float, accepted: int, busy_seconds: float, in_busy: int) -> None:
-        """Learn, once the pause is over and every refusal that belongs to it is known.
+    def learn(self, now: float, empty_at: float, accepted_at: Sequence[float], accepted: int) -> None:
+        """Learn from a refusal, once the pause after it is over.
 
         Args:
             now: the end of the pause.
-            accepted: requests the provider ever accepted.
-            busy_seconds: how long requests had been sent without a gap, when the refusal came.
-            in_busy: how many of these were accepted.
+            empty_at: when the refused request was sent.
+            accepted_at: when the requests before it were sent that were accepted, in order.
+            accepted: how many ever were.
         """
-        begun = self._episode
-        assert begun is not None, "an episode ends after it began"
-        pause, self._pause_seconds = self._pause_seconds, now - begun
-        previous = self._previous_episode
-        rate: float | None = None
-        if previous is None or begun - previous <= pause + 0.05 or begun - previous > 60:
-            self._first = (float(in_busy), busy_seconds)
-            if busy_seconds >= 0.2:
-                rate = in_busy / busy_seconds
-            self.measurements = 0
-        else:
-            between = float(accepted - self._accepted_before)
-            seconds = begun - previous
-            rate, self._burst = self._solve(between, seconds, pause)
-            self.measurements += 1
-        self._accepted_before = accepted
         self._calm_since = now
-        if rate is not None and rate > 0:
-            rate *= SAFETY
-            reserve = (
-                min(self._burst, rate * self._pause_seconds) * RESERVE_USED if self.measurements else 0.0
-            )
-            capacity = max(1.0, self._burst * RESERVE_USED)
-            self.bucket = Bucket(rate, capacity, max(1.0, reserve), now)
+        since_empty = None
+        seconds = empty_at - self._empty_at
+        if seconds > 120:
+            # Old news: the limit may be another one by now.
+            self._refusals.clear()
+        elif seconds > 0.05:
+            since_empty = (seconds, accepted - self._accepted_at_empty)
+        self._empty_at, self._accepted_at_empty = empty_at, accepted
+        total = len(accepted_at)
+        step = max(1, total // 128)
+        windows = [
+            (max(empty_at - accepted_at[index], 0.005), total - index)
+            for index in range(total - 1, -1, -step)
+        ]
+        self._refusals = [*self._refusals[-3:], _Refusal(windows, since_empty)]
+        rate, burst = self._solve(accepted_at)
+        if rate <= 0:
+            self.bucket = None
+            return
+        reserve = min(burst, rate * (now - empty_at)) * RESERVE_USED if self.measured else 0.0
+        self.bucket = Bucket(rate * SAFETY, max(1.0, burst * RESERVE_USED), max(1.0, reserve), now)
 
-    def _solve(self, accepted: float, seconds: float, pause: float) -> tuple[float, float]:
-        """Return rate and burst such that both refusals came when the bucket was empty.
+    def _solve(self, sent: Sequence[float]) -> tuple[float, float]:
+        self.measured = len(self._refusals) > 1
+        if not self.measured:
+            # Known is only that the bucket held what was accepted all at once at the beginning.
+            at_once = bisect_right(sent, sent[0] + 0.02) if sent else 0
+            seconds, number = self._refusals[0].windows[-1] if sent else (0.0, 0)
+            return (max(0.0, number - at_once) / seconds if seconds >= 0.2 else 0.0), float(at_once)
+        best = (math.inf, 0.0, 1.0)
+        burst = 1.0
+        while burst < 2000:
+            rate = max(refusal.rate(burst) for refusal in self._refusals)
+            unexplained = sum(refusal.unexplained(rate, burst) for refusal in self._refusals)
+            best = min(best, (unexplained, rate, burst))
+            burst = max(burst + 1, burst * 1.1)
+        return best[1], best[2]
 
-        What came in during the pause is lost above the burst: ``accepted = min(burst, rate * pause) +
-        rate * (seconds - pause)``, and the first refusal says ``burst = in_busy - rate * busy_seconds``.
+    def lone_refusal(self, now: float, accepted: int) -> None:
+        """One request was refused while others passed: the bucket is about empty.
+
+        Args:
+            accepted: how many requests ever were accepted.
         """
-        rate = accepted / seconds
-        burst = self._burst
-        for _ in range(4):
-            if self._first is not None:
-                in_busy, busy_seconds = self._first
-                burst = max(1.0, in_busy - rate * busy_seconds)
-            if burst >= rate * pause:
-                break
-            rate = max(accepted / seconds, (accepted - burst) / (seconds - pause))
-        return rate, burst
-
-    def lone_refusal(self, now: float) -> None:
-        """One request was refused while others passed: the bucket is about empty."""
-        if self.bucket is not None:
-            self.bucket.fill(now)
-            self.bucket.level = min(self.bucket.level, 0.0)
-            self.bucket.rate *= SAFETY
-            self._calm_since = now
+        bucket = self.bucket
+        if bucket is None:
+            return
+        bucket.fill(now)
+        bucket.level = min(bucket.level, 0.0)
+        bucket.rate *= SAFETY
+        seconds = now - self._empty_at
+        if seconds > 0.3:
+            # From empty to empty: what was accepted is what came in.
+            bucket.rate = min(
+                bucket.rate, max(0.5 * bucket.rate, (accepted - self._accepted_at_empty) / seconds)
+            )
+        if seconds > 2.0:
+            self._empty_at, self._accepted_at_empty = now, accepted
+        self._calm_since = now
 
     def probe(self, now: float) -> None:
         """Try the rate upward, when nothing was refused for a while and requests have to wait for it."""
         bucket = self.bucket
         if bucket is None:
             return
-        calm = now - self._calm_since - PROBE_AFTER_SECONDS
-        seconds = now - bucket.at
+        after = PROBE_AFTER_SECONDS if self.measured else GUESS_AFTER_SECONDS
+        calm = now - self._calm_since - after
+        seconds = now - max(bucket.at, self._calm_since + after)
         if calm > 0 and seconds > 0:
-            growth = min(PROBE_GROWTH_MAX, PROBE_GROWTH * 2 ** (calm / 6))
+            growth = min(PROBE_GROWTH_MAX, PROBE_GROWTH * 2 ** (calm / 6)) if self.measured else GUESS_GROWTH
             bucket.fill(now)
             bucket.rate *= 1 + growth * min(seconds, 1.0)

@@ -74,6 +74,11 @@ class Slots:
         """Whether anything but the number of calls in flight can make somebody wait: what a call costs counts."""
         return self._throttle._paced
 
+    @property
+    def indifferent(self) -> bool:
+        """Whether nothing depends on how long a successful call took and what it used."""
+        return not self._throttle._paced and self._lane.adaptive is None
+
     def now(self) -> float:
         """The event loop's clock, read faster than through anyio."""
         return self._throttle._now()
@@ -157,7 +162,7 @@ class Throttle:
     """Slots, pace and cooldown for one provider key and model on one event loop."""
 
     def __init__(self, model_id: str, settings: PromptSettings) -> None:
-        # anyio.current_time() looks for the backend each time, which costs more than all of acquire_nowait().
+        # anyio.current_time() looks for the backend each time: more than all of acquire_nowait().
         self._now: Callable[[], float] = getattr(current_token().native_token, "time", anyio.current_time)
         self.throttled_seconds = 0.0
         self._fixed_requests, self._fixed_tokens = fixed_buckets(settings.rate_limit, self._now())
@@ -279,9 +284,11 @@ class Throttle:
         Returns:
             whether that number is what it refused for.
         """
-        lanes = [lane.adaptive for lane in self._adaptive_lanes.values() if lane.adaptive is not None]
-        # A list: each of them has to be told.
-        return any([lane.refused(now, accepted) for lane in lanes])
+        for_number = False
+        for lane in self._adaptive_lanes.values():
+            if lane.adaptive is not None and lane.adaptive.refused(now, accepted):
+                for_number = True
+        return for_number
 
     async def _wait(self, waiter: _Waiter, *, first: bool) -> None:
         """Wait in the queue until somebody lets this waiter start."""

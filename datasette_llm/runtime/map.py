@@ -1,22 +1,31 @@
 """``map()``: a stream of prompts from an iterable, in a fixed set of workers.
 
 Workers live in the group's task group and run their prompts in place, one after the other: no task per
-item. There are at most as many as prompts may be in flight, started as items are there for them. An item
-is pulled only when fewer than that many are pulled and not yet taken by the loop, so memory does not grow
-with the iterable, and a slow loop slows the prompts down (backpressure).
+item. An item is pulled only while fewer items are pulled and not yet taken by the loop than prompts may be
+in flight: memory does not grow with the iterable, and a slow loop slows the prompts down (backpressure).
+Workers are started as there are items for them; those without one are idle.
 
 Two objects: ``PromptMap`` is the iterator the loop holds; dropping it (``break``) stops the map. ``MapRun``
 is what the workers hold, and it does not know the iterator.
 
-An async iterable is pulled by one task of its own, the feeder, because a generator's cancel scopes may
-not wander between tasks.
+A sync iterable is pulled by whichever worker is free. An async one is pulled by one task of its own, the
+feeder: cancel scopes that a generator opens may not wander between tasks, nor may a scope of ours be left
+while one of the generator's is open. So the feeder opens a single scope around all of it.
+
+A map ends in one of three ways:
+
+* exhausted: the source has ended (or it, or ``to_prompt``, raised) and the loop has taken every pair;
+* left: the loop's end. What is in flight is cancelled, what is finished is dropped;
+* stopped by the group (cancelled, or its block left): what is in flight is cancelled, the loop still gets
+  the pairs that have an outcome of their own, then ``PromptCancelled``.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from inspect import iscoroutine
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import anyio
@@ -25,6 +34,7 @@ from anyio import CancelScope
 
 from ..errors import PromptCancelled
 from .hook_scope import hooks_wrap_prompts
+from .loops import LoopDoor
 from .response import PromptResponse
 
 if TYPE_CHECKING:
@@ -34,6 +44,8 @@ if TYPE_CHECKING:
     from .prompt_task import PromptTask
 
 T = TypeVar("T")
+
+logger = logging.getLogger("datasette_llm")
 
 #: How long closing an async source may take, in seconds.
 CLOSE_SECONDS = 5.0
@@ -47,6 +59,7 @@ class PromptMap(Generic[T]):
 
     def __init__(self, run: MapRun[T]) -> None:
         self._run = run
+        self._door = LoopDoor()
 
     def __aiter__(self) -> PromptMap[T]:
         return self
@@ -56,11 +69,12 @@ class PromptMap(Generic[T]):
 
     async def aclose(self) -> None:
         """Stop pulling and cancel what is in flight, as ``contextlib.aclosing`` calls it."""
-        self._run.stop()
+        self._run.leave()
 
     def __del__(self) -> None:
         # Where the loop was left with break, this is the first to know.
-        self._run.stop()
+        if not self._run.ended:
+            self._door.call_soon(self._run.leave)
 
 
 class MapRun(Generic[T]):
@@ -71,6 +85,10 @@ class MapRun(Generic[T]):
         items: a sync or async iterable, pulled lazily.
         to_prompt: what to prompt for an item: a string, or a mapping of ``prompt()`` keywords.
         make_task: makes the prompt's task from ``prompt()`` keywords.
+
+    Attributes:
+        exhausted: whether nothing more is pulled.
+        ended: whether nothing more is given to the loop.
     """
 
     def __init__(
@@ -80,137 +98,213 @@ class MapRun(Generic[T]):
         to_prompt: Callable[[T], str | Mapping[str, Any]],
         make_task: Callable[[Mapping[str, Any]], PromptTask],
     ) -> None:
+        self.ended = False
         self._group = group
+        self._slots = group.slots
         self._to_prompt = to_prompt
         self._make_task = make_task
         self._source = _source_of(items)
-        self._offer, self._offered = anyio.create_memory_object_stream[T](0)
-        self._results, self._finished = anyio.create_memory_object_stream["tuple[T, PromptResponse]"](
-            float("inf")
-        )
         self._begun = False
-        self._exhausted = False
         self._stopped = False
+        self.exhausted = False
         self._error: Exception | None = None
+        # Pulled, and not yet taken by the loop.
         self._outstanding = 0
-        self._waiting_for_room: deque[anyio.Event] = deque()
-        self._workers = 0
-        self._scopes: dict[CancelScope, None] = {}
-        self._running: dict[PromptTask, None] = {}
+        self._results: deque[tuple[T, PromptResponse]] = deque()
+        self._news = anyio.Event()
+        self._idle: deque[anyio.Event] = deque()
+        # Workers that have been woken and have not looked for an item yet.
+        self._waking = 0
+        # How to cancel each prompt in flight.
+        self._in_flight: dict[PromptTask, Callable[[], None]] = {}
+        self._feeder = _Feeder(self, self._source) if isinstance(self._source, AsyncIterator) else None
 
     # The loop's side
 
     async def next_pair(self) -> tuple[T, PromptResponse]:
         """The next finished prompt.
 
+        Cancelling this call loses nothing: the pair is the next call's.
+
         Raises:
-            StopAsyncIteration: every prompt has been given, or the map has been stopped.
-            PromptCancelled: the group has been cancelled.
+            StopAsyncIteration: every prompt has been given, or the loop has been left.
+            PromptCancelled: the group has been cancelled, or its block left.
             Exception: what the iterable or ``to_prompt`` raised, after the prompts pulled before.
         """
         if not self._begun:
             self._begin()
-        if not self._stopped:
-            try:
-                try:
-                    pair = self._finished.receive_nowait()
-                except anyio.WouldBlock:
-                    pair = await self._finished.receive()
-            except anyio.EndOfStream:
-                self.stop()
+        while not self._results:
+            if self.ended:
+                raise StopAsyncIteration
+            if self._stopped and not self._in_flight:
+                self._end()
+                raise PromptCancelled(
+                    "the group has been cancelled"
+                    if self._group._cancelled
+                    else "the group's block was left before the map had ended"
+                )
+            if self.exhausted and not self._outstanding:
+                self._end()
                 if self._error is not None:
-                    raise self._error from None
-            except anyio.ClosedResourceError:
-                pass
-            else:
-                self._outstanding -= 1
-                self._wake_one()
-                return pair
-        if self._group._cancelled:
-            raise PromptCancelled("the group has been cancelled")
-        raise StopAsyncIteration
+                    raise self._error
+                raise StopAsyncIteration
+            await self._news.wait()
+        pair = self._results.popleft()
+        self._outstanding -= 1
+        self.stir()
+        return pair
+
+    def leave(self) -> None:
+        """The loop has been left: nobody wants what is still to come. Returns at once; idempotent."""
+        self.stop()
+        self._results.clear()
+        self._end()
 
     def stop(self) -> None:
         """Stop pulling and cancel what is in flight. Returns at once; idempotent."""
-        self._stopped = self._begun = self._exhausted = True
+        self._begun = self._stopped = True
         self._group._maps.pop(self, None)
-        for task in list(self._running):
-            task.cancel()
-        for scope in list(self._scopes):
-            scope.cancel()
-        for stream in (self._results, self._finished, self._offer, self._offered):
-            stream.close()
+        for cancel in list(self._in_flight.values()):
+            cancel()
+        self.end_source()
+        if self._feeder is not None:
+            self._feeder.stop()
+
+    def _end(self) -> None:
+        self.ended = True
+        self._group._maps.pop(self, None)
+        self._tell_loop()
+
+    def _tell_loop(self) -> None:
+        news, self._news = self._news, anyio.Event()
+        news.set()
+
+    # The source's side
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another item may be pulled."""
+        return self._outstanding < self._capacity and not self.exhausted
+
+    @property
+    def _capacity(self) -> int:
+        slots = self._slots
+        # An adaptive limit grows only while somebody waits for it.
+        return slots.limit + slots.can_grow
+
+    def stir(self) -> None:
+        """Have another item pulled, if there is room for one."""
+        if self._feeder is not None:
+            if self.has_room:
+                self._feeder.wake()
+        elif self._outstanding + self._waking < self._capacity and not self.exhausted:
+            self.wake_worker()
+
+    def pulled(self) -> None:
+        """An item has been pulled."""
+        self._outstanding += 1
+
+    def end_source(self, error: Exception | None = None) -> None:
+        """Nothing more is pulled; ``error`` is why, if it did not end by itself."""
+        self.exhausted = True
+        if self._error is None and not self._stopped:
+            self._error = error
+        while self._idle:
+            self.wake_worker()
+        self._tell_loop()
 
     # The workers' side
 
     def _begin(self) -> None:
         self._begun = True
-        self._group.check_open()
+        try:
+            self._group.check_open()
+        except BaseException:
+            self._end()
+            raise
         self._group._maps[self] = None
-        if isinstance(self._source, AsyncIterator):
-            self._spawn(self._feed)
-        self._spawn_worker()
+        if self._feeder is not None:
+            self._spawn(self._feeder.run)
+        else:
+            self.wake_worker()
 
     def _spawn(self, function: Callable[[], Any]) -> None:
         tasks = self._group._tasks
         assert tasks is not None
         tasks.start_soon(function)
 
-    def _spawn_worker(self) -> None:
-        self._workers += 1
-        self._spawn(self._work)
-
-    @contextmanager
-    def _stoppable(self) -> Iterator[None]:
-        with CancelScope() as scope:
-            self._scopes[scope] = None
-            try:
-                yield
-            finally:
-                del self._scopes[scope]
+    def wake_worker(self) -> None:
+        """Have a worker look for an item."""
+        self._waking += 1
+        if self._idle:
+            # One at a time, each wakes the next: all at once would cost the square of it.
+            self._idle.popleft().set()
+        else:
+            self._spawn(self._work)
 
     async def _work(self) -> None:
-        pull = self._take_offer if isinstance(self._source, AsyncIterator) else self._pull
-        try:
-            with self._stoppable():
-                while not self._stopped:
-                    pulled = await pull()
-                    if not pulled:
-                        break
-                    if self._workers < self._group.slots.limit and not self._exhausted:
-                        self._spawn_worker()
-                    await self._prompt(pulled[0])
-        finally:
-            self._workers -= 1
-            if not self._workers:
-                self._results.close()
+        with CancelScope() as scope:
+            self._waking -= 1
+            while not self._stopped:
+                item = self._take()
+                if item is not None:
+                    self.stir()
+                    await self._prompt(item[0], scope)
+                elif self.exhausted:
+                    break
+                else:
+                    idle = anyio.Event()
+                    self._idle.append(idle)
+                    await idle.wait()
+                    self._waking -= 1
 
-    async def _prompt(self, item: T) -> None:
+    def _take(self) -> tuple[T] | None:
+        """Take an item to prompt for, if there is one and room for it."""
+        if self._feeder is not None:
+            return self._feeder.take()
+        if not self.has_room:
+            return None
+        assert isinstance(self._source, Iterator)
+        try:
+            item = next(self._source)
+        except StopIteration:
+            self.end_source()
+            return None
+        except Exception as error:
+            self.end_source(error)
+            return None
+        self.pulled()
+        return (item,)
+
+    async def _prompt(self, item: T, scope: CancelScope) -> None:
         try:
             keywords = _keywords(self._to_prompt(item))
         except Exception as error:
-            self._end_source(error)
+            self._drop(error)
             return
         try:
             task = self._make_task(keywords)
         except TypeError as error:
             # Not this row's fault: prompt() has no such argument.
-            self._end_source(error)
+            self._drop(error)
             return
         except Exception as error:
             self._give(item, self._refused(error))
             return
-        if hooks_wrap_prompts():
-            # In a task of its own: shielded, and context variables a wrapper sets end with the prompt.
-            self._running[task] = None
-            try:
+        # The limit may have grown to let it begin.
+        task.on_begin = self.stir
+        wrapped = hooks_wrap_prompts()
+        self._in_flight[task] = task.cancel if wrapped else scope.cancel
+        try:
+            if wrapped:
+                # In a task of its own: shielded, and context variables a wrapper sets end with the prompt.
                 self._group.start(task)
                 await task.response.wait()
-            finally:
-                del self._running[task]
-        else:
-            await task.run_unwrapped()
-        self._give(item, task.response)
+            else:
+                await task.run_unwrapped()
+        finally:
+            del self._in_flight[task]
+            self._give(item, task.response)
 
     def _refused(self, error: Exception) -> PromptResponse:
         """The response of a prompt that llm did not take: an option out of range, a wrong attachment."""
@@ -218,82 +312,102 @@ class MapRun(Generic[T]):
         observed = llm.AsyncResponse(llm.Prompt(None, model), model, stream=False)
         response = PromptResponse(observed, on_cancel=lambda: None)
         response._finish(error)
+        self._group._responses._count()
         self._group.counters.failed += 1
         self._group.prompt_failed(error)
         return response
 
     def _give(self, item: T, response: PromptResponse) -> None:
-        if not self._stopped:
-            if response._error is not None:
+        error = response._error
+        # Of a prompt that was interrupted there is nothing to say.
+        interrupted = self._stopped and isinstance(error, PromptCancelled)
+        if self.ended or interrupted or not response._finished:
+            self._outstanding -= 1
+        else:
+            if error is not None:
                 self._group.watch_failure(response)
-            self._results.send_nowait((item, response))
+            self._results.append((item, response))
+        self._tell_loop()
 
-    # The source
+    def _drop(self, error: Exception) -> None:
+        """No prompt can be made of an item: the map ends, when those in flight have been given."""
+        self._outstanding -= 1
+        self.end_source(error)
 
-    async def _wait_for_room(self) -> bool:
-        """Wait until another item may be pulled. Returns whether there may be another item."""
-        while self._outstanding >= self._group.slots.limit and not self._exhausted:
-            room = anyio.Event()
-            self._waiting_for_room.append(room)
-            await room.wait()
-        return not self._exhausted
 
-    def _wake_one(self) -> None:
-        # One at a time: there is room for one, and waking all of them would cost the square of it.
-        if self._waiting_for_room:
-            self._waiting_for_room.popleft().set()
+class _Feeder(Generic[T]):
+    """Pulls an async source for the workers, and closes it in the end."""
 
-    def _end_source(self, error: Exception | None = None) -> None:
-        self._exhausted = True
-        self._error = self._error or error
-        while self._waiting_for_room:
-            self._wake_one()
+    def __init__(self, run: MapRun[T], source: AsyncIterator[T]) -> None:
+        self._map = run
+        self._source = source
+        self._ready: deque[T] = deque()
+        self._wanted: anyio.Event | None = None
+        self._scope = CancelScope(shield=True)
+        self._pulling = False
 
-    async def _pull(self) -> tuple[T] | None:
-        if not await self._wait_for_room():
-            return None
-        assert isinstance(self._source, Iterator)
+    def wake(self) -> None:
+        """There is room for another item."""
+        if self._wanted is not None:
+            self._wanted.set()
+
+    def take(self) -> tuple[T] | None:
+        """Take an item that has been pulled, if there is one."""
+        return (self._ready.popleft(),) if self._ready else None
+
+    def stop(self) -> None:
+        """Pull no more. A generator that is running is cancelled, one that waits is closed."""
+        self._ready.clear()
+        self.wake()
+        if self._pulling:
+            self._scope.cancel()
+
+    async def run(self) -> None:
+        """Pull until the source ends or nobody wants more."""
+        # Shielded, so that a source that is closed can clean up: stop() is what ends the pulling.
+        with self._scope as scope:
+            try:
+                await self._pull()
+            except Exception as error:
+                self._map.end_source(error)
+            finally:
+                self._map.end_source()
+                if not scope.cancel_called:
+                    # In this very scope, since the generator may have scopes of its own open in it.
+                    scope.deadline = anyio.current_time() + CLOSE_SECONDS
+                    await self._close()
+        if scope.cancel_called:
+            with anyio.move_on_after(CLOSE_SECONDS, shield=True):
+                await self._close()
+
+    async def _pull(self) -> None:
+        while True:
+            while not self._map.has_room:
+                if self._map.exhausted:
+                    return
+                self._wanted = anyio.Event()
+                await self._wanted.wait()
+            self._pulling = True
+            try:
+                item = await anext(self._source)
+            except StopAsyncIteration:
+                return
+            finally:
+                self._pulling = False
+            if self._map.exhausted:
+                return
+            self._map.pulled()
+            self._ready.append(item)
+            self._map.wake_worker()
+
+    async def _close(self) -> None:
+        close = getattr(self._source, "aclose", None)
+        if close is None:
+            return
         try:
-            item = next(self._source)
-        except StopIteration:
-            self._end_source()
-            return None
-        except Exception as error:
-            self._end_source(error)
-            return None
-        self._outstanding += 1
-        return (item,)
-
-    async def _take_offer(self) -> tuple[T] | None:
-        try:
-            return (await self._offered.receive(),)
-        except (anyio.EndOfStream, anyio.ClosedResourceError):
-            return None
-
-    async def _feed(self) -> None:
-        """Pull an async source and offer its items to the workers; close it in the end."""
-        source = self._source
-        assert isinstance(source, AsyncIterator)
-        try:
-            with self._stoppable():
-                while await self._wait_for_room():
-                    try:
-                        item = await anext(source)
-                    except StopAsyncIteration:
-                        break
-                    self._outstanding += 1
-                    await self._offer.send(item)
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError):
-            # The map was stopped between the pull and the offer.
-            pass
-        except Exception as error:
-            self._error = self._error or error
-        finally:
-            self._end_source()
-            self._offer.close()
-            if hasattr(source, "aclose"):
-                with anyio.move_on_after(CLOSE_SECONDS, shield=True):
-                    await source.aclose()
+            await close()
+        except Exception:
+            logger.exception("Closing the source of a map failed")
 
 
 def _source_of(items: Iterable[T] | AsyncIterable[T]) -> Iterator[T] | AsyncIterator[T]:
@@ -309,6 +423,8 @@ def _keywords(prompt: str | Mapping[str, Any]) -> Mapping[str, Any]:
         return {"prompt": prompt}
     if isinstance(prompt, Mapping):
         return prompt
+    if iscoroutine(prompt):
+        prompt.close()
     raise TypeError(
         f"to_prompt must return a string or a dict of prompt() keywords, not {type(prompt).__name__}"
     )

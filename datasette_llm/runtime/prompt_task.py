@@ -32,7 +32,12 @@ class PromptTask(SupervisedTask):
             whose history it reads) when the turn has come.
         slots: bound the model calls in flight.
         reply_with: what ``response.reply()`` prompts.
+
+    Attributes:
+        on_begin: called when its model call begins.
     """
+
+    on_begin: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -67,6 +72,8 @@ class PromptTask(SupervisedTask):
 
     def begin_running(self) -> None:
         super().begin_running()
+        if self.on_begin is not None:
+            self.on_begin()
         if self._started is not None:
             self._started.set()
 

@@ -70,8 +70,14 @@ class Slots:
         return self._lane.limit
 
     @property
+    def can_grow(self) -> bool:
+        """Whether the limit grows if somebody waits for it: it adapts, and is not at its maximum."""
+        adaptive = self._lane.adaptive
+        return adaptive is not None and adaptive.limit < adaptive.bounds.max
+
+    @property
     def paced(self) -> bool:
-        """Whether anything but the number of calls in flight can make somebody wait: what a call costs counts."""
+        """Whether anything but the number in flight can make somebody wait; then a call's tokens count."""
         return self._throttle._paced
 
     @property

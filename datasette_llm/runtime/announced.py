@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING
 
 from .pacing import Bucket
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 #: So much of the provider's bucket is left alone, at most: requests do not arrive as evenly as they are sent.
 MARGIN, MARGIN_SHARE = 3.0, 0.15
+
+#: Requests sent within so many seconds of each other may arrive in another order.
+SAME_MOMENT_SECONDS = 0.002
+#: How long a window is thought to be whose length has not been seen.
+WINDOW_SECONDS = 60.0
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|us|µs|ns|d|h|m|s)")
 _UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
@@ -71,7 +76,7 @@ class AnnouncedLimits:
 
         Args:
             age: seconds since the request was sent.
-            sent_since: how many were sent after it.
+            sent_since: how many others were sent when it was, or later.
             refused: whether the response is a refusal.
         """
         explained = False
@@ -120,6 +125,8 @@ class AnnouncedBucket:
         "_history_at",
         "_history_level",
         "_is_window",
+        "_left",
+        "_limit",
         "_most_seen",
         "_most_used",
         "_reset_sum",
@@ -137,6 +144,7 @@ class AnnouncedBucket:
         self._seen_at_first: tuple[float, float] | None = None
         self._is_window = False
         self._window_ends = 0.0
+        self._left = self._limit = 0.0
         self._history_at: list[float] = []
         self._history_level: list[float] = []
 
@@ -152,9 +160,11 @@ class AnnouncedBucket:
         bucket = self._bucket
         if bucket is None:
             return now
-        if self._is_window and now < self._window_ends:
+        if self._is_window:
             # All that remains may be used at once, and then nothing comes in until the window is over.
-            return now if bucket.level >= amount else self._window_ends
+            if now >= self._window_ends:
+                self._left, self._window_ends = self._limit, now + WINDOW_SECONDS
+            return now if self._left >= amount + self._margin() else self._window_ends
         return bucket.opening(now, min(amount, bucket.capacity) + self._margin())
 
     def take(self, now: float, amount: float) -> None:
@@ -162,6 +172,7 @@ class AnnouncedBucket:
         if bucket is None:
             return
         bucket.take(now, amount)
+        self._left -= amount
         self._history_at.append(now)
         self._history_level.append(bucket.level)
         if len(self._history_at) > 8192:
@@ -183,25 +194,31 @@ class AnnouncedBucket:
         rate = self._rate(limit, remaining, reset, sent_since)
         if rate is None:
             return
+        if self._is_window:
+            self._left, self._limit = remaining - sent_since, limit
+        # As much at least is left now, if all that were sent at or after that moment were counted since.
+        level = min(self._most_seen, remaining - sent_since + rate * age)
         bucket = self._bucket
         if bucket is None:
-            level = min(self._most_seen, remaining - sent_since + rate * age)
             self._bucket = Bucket(rate, self._most_seen, level, now)
             return
         bucket.fill(now)
         bucket.rate = rate
         bucket.capacity = self._most_seen
-        index = bisect_right(self._history_at, sent + 0.001) - 1
-        if index < 0:
-            # Sent before anything was announced: what it left was used by others since.
+        # Several may have been sent at that moment, and which of them this one was is not known.
+        first = bisect_left(self._history_at, sent - SAME_MOMENT_SECONDS)
+        after = bisect_right(self._history_at, sent + SAME_MOMENT_SECONDS)
+        if after == 0:
+            # Sent before anything was announced.
+            bucket.level = max(bucket.level, level)
             return
-        held_then = self._history_level[index]
+        held = self._history_level[min(first, after - 1) : after]
         # Providers round down what remains.
-        error = remaining + 0.5 - held_then
-        # Downward at once: somebody else may use the same limit. Upward in steps, since it may be late news.
-        correction = error if error < 0 else 0.3 * error
+        remaining += 0.5
+        # Downward at once: somebody else may use the same limit. Upward in steps: it may be late news.
+        correction = min(0.0, remaining - held[-1]) + 0.3 * max(0.0, remaining - held[0])
         bucket.level = min(bucket.capacity, bucket.level + correction)
-        for later in range(index, len(self._history_level)):
+        for later in range(min(first, after - 1), len(self._history_level)):
             self._history_level[later] += correction
 
     def _margin(self) -> float:

@@ -28,6 +28,8 @@ logger = logging.getLogger("datasette_llm")
 
 #: The pause when the provider does not say how long, in seconds: at first, and at most after doublings.
 PAUSE_SECONDS, PAUSE_SECONDS_MAX = 0.5, 30.0
+#: No pause is shorter, or those who were on their way would be refused after it, and be taken for news.
+PAUSE_SECONDS_MIN = 0.15
 #: Answers to requests sent after the refused one that end a pause early.
 ANSWERS_TO_RESUME = 3
 #: Refusals within so many seconds count as "at once", from so many on and from this share of the requests.
@@ -69,7 +71,8 @@ class Cooldowns:
         self._found = FoundRate()
         self._pause: _Pause | None = None
         self._trial: Bucket | None = None
-        self._strikes_at_random = False
+        # Pauses in a row that ended early.
+        self._lifted = 0
         self._refused_in_a_row = 0
         self._sent: deque[float] = deque(maxlen=4096)
         self._sent_count = 0
@@ -81,6 +84,10 @@ class Cooldowns:
     @property
     def pausing(self) -> bool:
         return self._pause is not None and not self._pause.ended
+
+    @property
+    def _strikes_at_random(self) -> bool:
+        return self._lifted >= 2
 
     @property
     def rate(self) -> float | None:
@@ -144,12 +151,11 @@ class Cooldowns:
                 self._refused_in_a_row = 0
                 return True
             return False
-        if sent > pause.refused_was_sent:
+        if sent >= pause.refused_was_sent - 0.001:
             pause.answered_later += 1
-            if pause.answered_later >= ANSWERS_TO_RESUME and pause.answered_later > 10 * (pause.refused - 1):
-                self._strikes_at_random = True
+            if pause.answered_later >= ANSWERS_TO_RESUME and pause.answered_later > 8 * pause.refused:
+                self._lifted += 1
                 pause.until, pause.ended = now, True
-                self._found.lone_refusal(now, self._sent_count - self._refused_count)
                 self._log_end()
                 return True
         return False
@@ -178,7 +184,7 @@ class Cooldowns:
                 self._refused_at.append(now)
             if not self._at_once():
                 # Case 3.
-                if sent > self._lone_at:
+                if sent > self._lone_at and not self._strikes_at_random:
                     self._found.lone_refusal(now, self._sent_count - self._refused_count)
                     self._lone_at = now
                 return
@@ -186,7 +192,7 @@ class Cooldowns:
         wait = retry_after
         if wait is None:
             wait = min(PAUSE_SECONDS_MAX, PAUSE_SECONDS * 2**self._refused_in_a_row)
-        wait = min(wait, self.most_seconds)
+        wait = min(max(wait, PAUSE_SECONDS_MIN), self.most_seconds)
         self.active = True
         self._refused_at.clear()
         self._pause = _Pause(now, now + wait, sent, in_flight)
@@ -210,6 +216,7 @@ class Cooldowns:
 
     def _end(self, pause: _Pause, now: float) -> None:
         pause.ended = True
+        self._lifted = 0
         accepted = self._sent_count - self._refused_count
         since_last = accepted - self._accepted_at_pause
         self._accepted_at_pause = accepted

@@ -30,6 +30,7 @@ RESERVE_USED = 0.8
 #: After so many seconds without a refusal the rate is tried upward, by this share a second at first.
 PROBE_AFTER_SECONDS = 4.0
 PROBE_GROWTH = 0.01
+PROBE_DOUBLING_SECONDS = 6.0
 PROBE_GROWTH_MAX = 0.15
 #: The same for a rate that is only guessed: the sooner it is refused, the sooner it is measured.
 GUESS_AFTER_SECONDS, GUESS_GROWTH = 0.5, 0.5
@@ -135,6 +136,7 @@ class FoundRate:
         self._empty_at = -math.inf
         self._accepted_at_empty = 0
         self._calm_since = 0.0
+        self._probed_at = 0.0
 
     def forget(self) -> None:
         """The refusals had another reason than the rate."""
@@ -206,9 +208,9 @@ class FoundRate:
         seconds = now - self._empty_at
         if seconds > 0.3:
             # From empty to empty: what was accepted is what came in.
-            bucket.rate = min(
-                bucket.rate, max(0.5 * bucket.rate, (accepted - self._accepted_at_empty) / seconds)
-            )
+            came_in = (accepted - self._accepted_at_empty) / seconds
+            bucket.rate = max(0.5 * bucket.rate, min(bucket.rate, came_in * SAFETY))
+            self.measured = self.measured or seconds > 0.6
         if seconds > 2.0:
             self._empty_at, self._accepted_at_empty = now, accepted
         self._calm_since = now
@@ -219,9 +221,14 @@ class FoundRate:
         if bucket is None:
             return
         after = PROBE_AFTER_SECONDS if self.measured else GUESS_AFTER_SECONDS
-        calm = now - self._calm_since - after
-        seconds = now - max(bucket.at, self._calm_since + after)
-        if calm > 0 and seconds > 0:
-            growth = min(PROBE_GROWTH_MAX, PROBE_GROWTH * 2 ** (calm / 6)) if self.measured else GUESS_GROWTH
+        calm_since = self._calm_since + after
+        seconds = min(now - max(self._probed_at, calm_since), 1.0)
+        self._probed_at = now
+        if seconds > 0:
+            growth = GUESS_GROWTH
+            if self.measured:
+                growth = min(
+                    PROBE_GROWTH_MAX, PROBE_GROWTH * 2 ** ((now - calm_since) / PROBE_DOUBLING_SECONDS)
+                )
             bucket.fill(now)
-            bucket.rate *= 1 + growth * min(seconds, 1.0)
+            bucket.rate *= 1 + growth * seconds

@@ -204,7 +204,7 @@ class Throttle:
             age: seconds since the request was sent.
         """
         now = self._now()
-        sent_since = self._cooldowns.sent_since(now - age)
+        sent_since = max(0, self._cooldowns.sent_since(now - age - 0.001) - 1)
         if self._announced.observe(now, headers, age, sent_since, refused=status in (429, 503, 529)):
             self._paced = True
             if self._waiting:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from .runtime.chain import Chain, ChainPlan, ChainTask
+from .runtime.chain import Chain, ChainTask
 from .runtime.conversation import Turns
 from .runtime.group import Group, GroupBlock
 from .runtime.map import MapRun, PromptMap
@@ -169,18 +169,12 @@ class WrappedAsyncModel:
         turns: Turns | None = None,
     ) -> Chain:
         arguments = self._with_defaults(kwargs)
+        # Arguments that llm does not take are refused here and now, as llm does.
+        begun = begin(prompt, **arguments)
 
-        def plan() -> ChainPlan:
-            begun = begin(prompt, **arguments)
-            return ChainPlan(
-                begun.prompt,
-                begun.stream,
-                cast("llm.AsyncConversation", begun.conversation),
-                arguments.get("key"),
-                begun.chain_limit,
-                begun.before_call,
-                begun.after_call,
-            )
+        def begin_turn() -> llm.models.AsyncChainResponse:
+            # The history of the conversation was not complete yet when the chain was made.
+            return begun if turns is None else begin(prompt, **arguments)
 
         def task(chain: Chain) -> ChainTask:
             supervisor, slots = self._owner()
@@ -189,7 +183,7 @@ class WrappedAsyncModel:
                 supervisor,
                 self._datasette,
                 self._choice,
-                plan,
+                begin_turn,
                 slots,
                 prompt=prompt,
                 group=self._group,
@@ -197,7 +191,7 @@ class WrappedAsyncModel:
                 reply_with=self.prompt,
             )
 
-        return Chain(task)
+        return Chain(begun, task)
 
     def _with_defaults(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         arguments = dict(kwargs)
@@ -213,7 +207,8 @@ class WrappedAsyncModel:
 class WrappedConversation:
     """A conversation as an actor: one prompt at a time, in the order they were asked, whoever asks.
 
-    A prompt that fails or is cancelled is not part of the history, and the next one goes on.
+    A prompt that fails or is cancelled is not part of the history, and the next one goes on. So is a
+    chain, unless it paused or reached its limit: ``chain(None)`` then resumes it.
 
     Attributes:
         conversation: llm's conversation object; ``responses`` are the turns so far.
@@ -222,7 +217,7 @@ class WrappedConversation:
     def __init__(self, model: WrappedAsyncModel, conversation: llm.AsyncConversation) -> None:
         self.conversation = conversation
         self.model = model
-        self._turns = Turns()
+        self._turns = Turns(conversation)
 
     @property
     def id(self) -> str:
@@ -253,6 +248,12 @@ class WrappedConversation:
         Takes, returns and raises what ``WrappedAsyncModel.chain()`` does.
         """
         return self.model._chain(self.conversation.chain, prompt, kwargs, self._turns)
+
+    def __getattr__(self, name: str) -> Any:
+        # What llm's conversation says of itself: name, tools, chain_limit, ...
+        if name == "conversation":
+            raise AttributeError(name)
+        return getattr(self.conversation, name)
 
     def __repr__(self) -> str:
         return f"<WrappedConversation {self.model.model_id} turns={len(self.responses)}>"

@@ -1,17 +1,21 @@
 """A chain: a model and its tools taking turns, as one supervised task that goes on in step with its readers.
 
 The task starts when the chain is first read. It enters the wrappers once, runs the first turn, and then
-waits until a reader asks for the next response: only then the tools of the turn run. Readers may be many;
-the furthest one sets the pace, the others see the same responses. When the last reader leaves before the
-end, the chain ends too: cancelled if a model call or a tool is running, else normally, so that what was
-used is accounted.
+rests until a reader asks for the next response: only then the tools of the turn run. A turn without tool
+calls is the last one, and ends the chain at once. Readers may be many; the furthest one sets the pace, the
+others see the same responses.
+
+When the last reader leaves before the end, the chain ends too: cancelled if a model call or a tool is
+running, else normally, so that what was used is accounted. When its owner is about to end (a group's
+block is left, the server stops), a chain that rests ends in the same way, and one that a reader runs to
+its end (``text()``) goes on.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import math
+from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 import llm
@@ -19,6 +23,7 @@ from anyio import get_cancelled_exc_class
 from llm.parts import StreamEvent
 
 from ..errors import PromptCancelled
+from .loops import LoopDoor
 from .model_call import ModelCall
 from .response import EventReader, PromptResponse
 from .task import SupervisedTask
@@ -26,6 +31,7 @@ from .tools import attachments_of, execute_tool_calls, pending_tool_calls, tool_
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from types import TracebackType
 
     from llm.parts import Message
 
@@ -43,14 +49,17 @@ class Chain:
     ``async for event in chain.astream_events()`` or ``await chain.text()``, from as many tasks as you like.
     """
 
-    def __init__(self, make_task: Callable[[Chain], ChainTask]) -> None:
+    def __init__(self, begun: llm.models.AsyncChainResponse, make_task: Callable[[Chain], ChainTask]) -> None:
+        self._begun = begun
         self._make_task = make_task
         self._task: ChainTask | None = None
         self._responses: list[PromptResponse] = []
-        self._wanted = 0
+        # How many responses the furthest reader has asked for.
+        self._wanted: float = 0
         self._readers = 0
         self._ended = False
         self._error: Exception | None = None
+        self._traceback: TracebackType | None = None
         self._changed = anyio.Event()
 
     def responses(self) -> ChainReader:
@@ -74,7 +83,12 @@ class Chain:
 
     async def text(self) -> str:
         """Run the chain to its end and return the text of all responses."""
-        return "".join([chunk async for chunk in self])
+        reader = ChainText(self)
+        self._wanted = math.inf
+        try:
+            return "".join([chunk async for chunk in reader])
+        finally:
+            reader.close()
 
     def cancel(self) -> None:
         """Cancel the chain, if it runs; readers get ``PromptCancelled``. Returns at once."""
@@ -86,13 +100,20 @@ class Chain:
         for response in self._responses:
             response.log_to_db(db)  # type: ignore[no-untyped-call]
 
+    def __getattr__(self, name: str) -> Any:
+        # What llm's object says of itself: prompt, model, conversation, chain_limit, ...
+        if name == "_begun":
+            raise AttributeError(name)
+        return getattr(self._begun, name)
+
     # Readers and the task meet here
 
     async def _response(self, index: int) -> PromptResponse | None:
         while index >= len(self._responses):
             if self._ended:
                 if self._error is not None:
-                    raise self._error
+                    # With the traceback it first had: it would otherwise grow with every reader.
+                    raise self._error.with_traceback(self._traceback)
                 return None
             self._wanted = max(self._wanted, index + 1)
             changed = self._changed
@@ -119,6 +140,7 @@ class ChainReader:
 
     def __init__(self, chain: Chain) -> None:
         self._chain = chain
+        self._door = LoopDoor()
         self._position = 0
         self._closed = False
         chain._readers += 1
@@ -151,7 +173,9 @@ class ChainReader:
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        # Where the loop was left with break, this is the first to know.
+        if not self._closed and not self._chain._ended:
+            self._door.call_soon(self._chain._reader_left)
 
 
 class ChainEvents:
@@ -180,6 +204,9 @@ class ChainEvents:
             except StopAsyncIteration:
                 self._events = None
                 continue
+            except (Exception, get_cancelled_exc_class()):
+                self.close()
+                raise
             return self._spaced(event)
 
     def _spaced(self, event: StreamEvent) -> StreamEvent:
@@ -193,9 +220,15 @@ class ChainEvents:
             return StreamEvent(type="text", chunk=" ")
         return event
 
+    def close(self) -> None:
+        """Stop reading. If this was the chain's last reader, the chain ends."""
+        self._responses.close()
+        if self._events is not None:
+            self._events.close()
+
     async def aclose(self) -> None:
         """Stop reading, as ``contextlib.aclosing`` calls it."""
-        self._responses.close()
+        self.close()
 
 
 class ChainText(ChainEvents):
@@ -211,25 +244,12 @@ class ChainText(ChainEvents):
                 return event.chunk
 
 
-@dataclass(frozen=True)
-class ChainPlan:
-    """What llm made of the arguments of ``chain()``."""
-
-    prompt: llm.Prompt
-    stream: bool
-    conversation: llm.AsyncConversation | None
-    key: str | None
-    chain_limit: int | None
-    before_call: Any
-    after_call: Any
-
-
 class ChainTask(SupervisedTask):
     """Run one chain.
 
     Args:
         chain: what its readers hold.
-        plan: makes the plan; called when the chain's turn in its conversation has come.
+        begin: makes llm's object of it; called when the chain's turn in its conversation has come.
         slots: bound the model calls in flight.
         reply_with: what ``response.reply()`` prompts.
     """
@@ -242,7 +262,7 @@ class ChainTask(SupervisedTask):
         supervisor: Supervisor,
         datasette: Any,
         choice: Choice,
-        plan: Callable[[], ChainPlan],
+        begin: Callable[[], llm.models.AsyncChainResponse],
         slots: Slots,
         *,
         prompt: str | None,
@@ -252,11 +272,16 @@ class ChainTask(SupervisedTask):
     ) -> None:
         super().__init__(supervisor, datasette, choice, prompt, group=group, turn=turn)
         self._chain = chain
-        self._make_plan = plan
+        self._begin = begin
         self._slots = slots
         self._reply_with = reply_with
         self._abandoned = False
-        self._idling = False
+        self._owner_is_ending = False
+        self._pause: llm.PauseChain | None = None
+        self._limit_error: ValueError | None = None
+        self._chain_complete = False
+        # Between two turns: the callbacks of a response, and the rest until a reader wants more.
+        self._between_turns = False
         self._woken = anyio.Event()
 
     def wake(self) -> None:
@@ -266,25 +291,33 @@ class ChainTask(SupervisedTask):
     def abandon(self) -> None:
         """No reader is left: end, normally if nothing is under way."""
         self._abandoned = True
-        if self._idling:
+        if self._between_turns:
             self.wake()
         else:
             self.cancel()
 
+    def wind_down(self) -> None:
+        self._owner_is_ending = True
+        self.wake()
+
     async def work(self) -> None:
-        plan = self._make_plan()
+        plan = self._begin()
+        limit = plan.chain_limit
         try:
             prompt = await self._resumed(plan)
             for count in itertools.count(1):
                 response = await self._take_turn(plan, prompt)
-                await self.interruptible(self._wanted)
-                if self._abandoned:
-                    return
-                if plan.chain_limit and count >= plan.chain_limit:
-                    raise ValueError(f"Chain limit of {plan.chain_limit} exceeded.")
-                results = await self._run_tools(plan, response, await response.tool_calls())
-                if not results:
+                calls = await response.tool_calls()
+                at_limit = bool(limit) and count >= (limit or 0)
+                if not calls and not at_limit:
                     break
+                if not await self.interruptible(self._wanted):
+                    return
+                self._between_turns = False
+                if at_limit:
+                    self._limit_error = ValueError(f"Chain limit of {limit} exceeded.")
+                    raise self._limit_error
+                results = await self._run_tools(plan, response, calls)
                 history = [*response.prompt.messages, *await response.messages()]
                 prompt = _next_prompt(plan.prompt, history, results)
         except llm.PauseChain as pause:
@@ -295,16 +328,17 @@ class ChainTask(SupervisedTask):
         if self.result is not None:
             self.result.chain_complete = True
 
-    _pause: llm.PauseChain | None = None
-    _chain_complete = False
-
     async def after(self) -> None:
         if self._pause is not None:
             raise self._pause
         if not self._chain_complete:
-            raise PromptCancelled("the chain was left by its reader before its end")
+            raise PromptCancelled("the chain was left by its readers before its end")
 
-    async def _resumed(self, plan: ChainPlan) -> llm.Prompt:
+    def spoils_turn(self, error: Exception) -> bool:
+        # Where it paused or reached its limit it can be resumed.
+        return error is not self._pause and error is not self._limit_error
+
+    async def _resumed(self, plan: llm.models.AsyncChainResponse) -> llm.Prompt:
         """The first prompt: with the results of the tool calls that its history has left open."""
         prompt = plan.prompt
         pending = pending_tool_calls(prompt.messages) if prompt.tools else []
@@ -313,27 +347,29 @@ class ChainTask(SupervisedTask):
         results = await self._run_tools(plan, self._ask(plan, prompt), pending)
         return _next_prompt(prompt, prompt.messages, results)
 
-    async def _wanted(self) -> None:
-        self._idling = True
-        try:
-            while self._chain._wanted <= len(self._chain._responses) and not self._abandoned:
-                self._woken = anyio.Event()
-                await self._woken.wait()
-        finally:
-            self._idling = False
+    async def _wanted(self) -> bool:
+        """Rest until a reader wants the next response. Returns whether there is such a reader."""
+        while not self._abandoned:
+            if self._chain._wanted > len(self._chain._responses):
+                return True
+            if self._owner_is_ending:
+                break
+            self._woken = anyio.Event()
+            await self._woken.wait()
+        return False
 
-    def _ask(self, plan: ChainPlan, prompt: llm.Prompt) -> llm.AsyncResponse:
+    def _ask(self, plan: llm.models.AsyncChainResponse, prompt: llm.Prompt) -> llm.AsyncResponse:
         return llm.AsyncResponse(
             prompt,
             self.choice.model,
             plan.stream,
-            conversation=plan.conversation,
-            key=plan.key,
+            conversation=cast("llm.AsyncConversation", plan.conversation),
+            key=plan._key,
             before_call=plan.before_call,
             after_call=plan.after_call,
         )
 
-    async def _take_turn(self, plan: ChainPlan, prompt: llm.Prompt) -> PromptResponse:
+    async def _take_turn(self, plan: llm.models.AsyncChainResponse, prompt: llm.Prompt) -> PromptResponse:
         def ask() -> llm.AsyncResponse:
             return self._ask(plan, prompt)
 
@@ -343,6 +379,7 @@ class ChainTask(SupervisedTask):
         self._chain._responses.append(response)
         self._chain._tell_readers()
         await self.interruptible(ModelCall(self, response, ask, self._slots, self.choice.settings).run)
+        self._between_turns = True
         if self.result is not None:
             await self.result._succeeded()
         await response._run_callbacks()
@@ -354,12 +391,10 @@ class ChainTask(SupervisedTask):
 
     async def _run_tools(
         self,
-        plan: ChainPlan,
+        plan: llm.models.AsyncChainResponse,
         response: llm.AsyncResponse,
         calls: Sequence[llm.ToolCall],
     ) -> list[llm.ToolResult]:
-        if not calls:
-            return []
         observed = response._observed if isinstance(response, PromptResponse) else response
 
         async def run() -> list[llm.ToolResult]:
@@ -373,6 +408,7 @@ class ChainTask(SupervisedTask):
         chain = self._chain
         chain._ended = True
         chain._error = error
+        chain._traceback = error.__traceback__ if error is not None else None
         for response in chain._responses:
             # Only the last one can still be open: its readers get what ended the chain.
             response._finish(error)

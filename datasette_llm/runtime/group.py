@@ -4,7 +4,8 @@ Who owns what: the block owns a task group; in it live a watcher (which notices 
 cancels the block), a task per ``prompt()``, and the workers of ``map()``. Leaving the block goes through
 these steps, whatever the reason:
 
-1. normally, wait until no prompt is live; after an exception or a cancellation, cancel those that are;
+1. normally, wait until no prompt is live (a chain that rests for its reader ends now); after an exception
+   or a cancellation, cancel those that are;
 2. stop maps whose loop was left early;
 3. close: from here on ``prompt()`` raises ``GroupClosed``; the task group ends, every task has ended;
 4. every plugin's ``llm_group_exit`` hook, once, shielded and with a deadline;
@@ -218,6 +219,7 @@ class GroupBlock:
             if stop is None:
                 for running in list(group._maps):
                     running.stop()
+                group.wind_down()
                 await group.idle()
         except get_cancelled_exc_class() as cancellation:
             stop = cancellation

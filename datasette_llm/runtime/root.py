@@ -96,6 +96,7 @@ class RootSupervisor(Supervisor):
         Args:
             seconds: how long to wait before cancelling.
         """
+        self.wind_down()
         with anyio.move_on_after(seconds):
             await self.idle()
         self.closing = True

@@ -44,6 +44,7 @@ class Supervisor:
         self._tasks: TaskGroup | None = None
         self._live: dict[SupervisedTask, None] = {}
         self._cancelled = False
+        self._winding_down = False
         self._idle: anyio.Event | None = None
 
     def start(self, task: SupervisedTask) -> None:
@@ -55,6 +56,8 @@ class Supervisor:
     def adopt(self, task: SupervisedTask) -> None:
         """Count a task as live that its caller is about to run inside this supervisor's tasks."""
         self._live[task] = None
+        if self._winding_down:
+            task.wind_down()
         if self._cancelled:
             task.cancel()
 
@@ -73,6 +76,12 @@ class Supervisor:
         self._cancelled = True
         for task in list(self._live):
             task.cancel()
+
+    def wind_down(self) -> None:
+        """Have no task wait for its readers any more. Returns at once."""
+        self._winding_down = True
+        for task in list(self._live):
+            task.wind_down()
 
     async def idle(self) -> None:
         """Wait until no task is live."""

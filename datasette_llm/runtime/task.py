@@ -135,6 +135,13 @@ class SupervisedTask:
         """Tell the readers that it has ended. Must not raise."""
         raise NotImplementedError
 
+    def wind_down(self) -> None:
+        """The owner is about to end: wait for nobody outside. Returns at once."""
+
+    def spoils_turn(self, error: Exception) -> bool:
+        """Whether ending with this error means that the conversation's history is as if it never was."""
+        return True
+
     # Life
 
     def cancel(self) -> None:
@@ -267,6 +274,8 @@ class SupervisedTask:
             counters.failed += 1
             self.supervisor.prompt_failed(error)
         if self._turn is not None:
+            if error is not None and self.spoils_turn(error):
+                self._turn.undo()
             self._turn.give_up()
         self.finish(error)
         self.supervisor.forget(self)

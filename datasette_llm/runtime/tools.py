@@ -19,6 +19,9 @@ from llm.parts import AttachmentPart, Message, ToolCallPart, ToolResultPart
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+#: What ends the program, not one prompt.
+PROGRAM_STOPS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+
 
 async def execute_tool_calls(
     response: llm.AsyncResponse,
@@ -40,9 +43,10 @@ async def execute_tool_calls(
         llm.PauseChain: of the first call that paused; ``tool_results`` holds its siblings' results.
         Exception: the first one that ``before_call`` or ``after_call`` raised, bare.
     """
+    given = response.prompt.tools if tools is None else tools
     known = {
         tool.name: tool
-        for tool in llm.Prompt(None, model=response.model, tools=tools or response.prompt.tools).tools
+        for tool in llm.Prompt(None, model=response.model, tools=given).tools
         if isinstance(tool, llm.Tool)
     }
     inlined: list[Any] = [_awaited_in_place(tool) for tool in known.values()]
@@ -64,6 +68,11 @@ async def execute_tool_calls(
             results[index] = (await execute(tool_calls_list=[call]))[0]
         except Exception as problem:
             problems[index] = problem
+        except BaseException as stop:
+            if isinstance(stop, (*PROGRAM_STOPS, anyio.get_cancelled_exc_class())):
+                raise
+            problems[index] = RuntimeError(f"the tool {call.name} raised {type(stop).__name__}: {stop}")
+            problems[index].__cause__ = stop
 
     async with anyio.create_task_group() as tasks:
         for index, call in enumerate(calls):

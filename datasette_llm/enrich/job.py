@@ -12,6 +12,7 @@ are they cancelled. Whatever ends the job, answers that have arrived are written
 from __future__ import annotations
 
 import inspect
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -174,17 +175,18 @@ class EnrichJob:
     async def _work(self, plan: Plan, writer: Writer) -> AsyncGenerator[_Work, None]:
         """Yield the prompts until the rows, or the reasons to go on, run out."""
         ledger = self._ledger
-        async for row in read_rows(plan.database, plan.source):
-            if ledger.is_over():
-                return
-            ledger.pull(row)
-            try:
-                prompt = plan.template.render(row.values)
-            except RowError as error:
-                ledger.answer(failed=True)
-                await writer.add(self._failure(row, error, attempts=0))
-            else:
-                yield _Work(row, prompt)
+        async with aclosing(read_rows(plan.database, plan.source)) as rows:
+            async for row in rows:
+                if ledger.is_over():
+                    return
+                ledger.pull(row)
+                try:
+                    prompt = plan.template.render(row.values)
+                except RowError as error:
+                    ledger.answer(failed=True)
+                    await writer.add(self._failure(row, error, attempts=0))
+                else:
+                    yield _Work(row, prompt)
 
     def _failure(self, row: Row, error: Exception, *, attempts: int) -> Result:
         ledger = self._ledger

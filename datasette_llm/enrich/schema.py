@@ -14,14 +14,14 @@ import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import llm
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, create_model
 
 from .errors import EnrichInputError, RowError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-_STRICT: dict[str, Any] = {"string": str, "integer": int, "boolean": bool, "null": type(None)}
+_STRICT: dict[str, Any] = {"string": str, "integer": int}
 _BOUNDS = {
     "minimum": "ge",
     "maximum": "le",
@@ -127,9 +127,11 @@ class AnswerCheck:
         if kind == "number":
             # JSON has one kind of number: 3 is a fine answer where 3.5 would be.
             return Annotated[float, Field(strict=True, **bounds)]
+        if kind == "null":
+            return type(None)
+        if kind == "boolean":
+            return StrictBool
         if kind in _STRICT:
-            if kind in ("boolean", "null"):
-                bounds = {}
             return Annotated[_STRICT[kind], Field(strict=True, **bounds)]
         if kind is None:
             return Any

@@ -1,0 +1,58 @@
+"""Small databases for the tests of enrichment."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from datasette.app import Datasette
+
+from datasette_llm.enrich import enrich
+
+from .fakes import FakeModel, registered
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+
+class TableFile:
+    """A database file in a test's directory, and a Datasette that serves it as ``data``."""
+
+    def __init__(self, directory: Path, *statements: str) -> None:
+        self.path = str(directory / "data.db")
+        for statement in statements:
+            self.run(statement)
+        self.datasettes: list[Any] = []
+
+    def run(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """Run a statement on a connection of its own, as another program would."""
+        with closing(sqlite3.connect(self.path)) as conn, conn:
+            return conn.execute(sql, parameters).fetchall()
+
+    def run_many(self, sql: str, rows: Any) -> None:
+        with closing(sqlite3.connect(self.path)) as conn, conn:
+            conn.executemany(sql, rows)
+
+    def datasette(self, **kwargs: Any) -> Any:
+        datasette = Datasette([self.path], **kwargs)
+        self.datasettes.append(datasette)
+        return datasette
+
+    async def enrich(self, table: str, prompt: str, **kwargs: Any) -> Any:
+        """Enrich with the model ``fake``, which a test registers."""
+        kwargs.setdefault("model", "fake")
+        return await enrich(self.datasette(), "data", table, prompt, **kwargs)
+
+    def close(self) -> None:
+        for datasette in self.datasettes:
+            datasette.close()
+
+
+@contextmanager
+def fake_model(*args: Any, **kwargs: Any) -> Iterator[FakeModel]:
+    """Register a `FakeModel` under the id ``fake``, and one that echoes as ``second``."""
+    model = FakeModel(*args, **kwargs)
+    with registered(model, FakeModel(model_id="second")):
+        yield model

@@ -103,6 +103,26 @@ def test_an_alias_is_noticed_when_made_changed_and_removed(llm_user_path: Path) 
     assert get_snapshot().resolve("gpt-4o") == "gpt-4o"
 
 
+def test_a_settled_file_that_is_rewritten_in_place_is_noticed(llm_user_path: Path) -> None:
+    path = llm_user_path / "aliases.json"
+    path.write_text('{"mine": "gpt-4o"}')
+    settle(path)
+    settle(llm_user_path)
+    assert get_snapshot().resolve("mine") == "gpt-4o"
+    path.write_text('{"mine": "gpt-4.1"}')  # leaves the directory as it was
+    assert get_snapshot().resolve("mine") == "gpt-4.1"
+
+
+def test_a_change_within_one_step_of_the_file_systems_clock_is_noticed(llm_user_path: Path) -> None:
+    path = llm_user_path / "aliases.json"
+    now = time.time_ns()
+    for model_id in ("gpt-4.1", "gpt-4-1", "gpt-4.1"):  # of the same size
+        path.write_text(json.dumps({"mine": model_id}))
+        os.utime(path, ns=(now, now))
+        os.utime(llm_user_path, ns=(now, now))
+        assert get_snapshot().resolve("mine") == (model_id if model_id == "gpt-4.1" else None)
+
+
 def test_another_user_directory_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "aliases.json").write_text('{"elsewhere": "gpt-4o"}')
     assert get_snapshot().resolve("elsewhere") is None

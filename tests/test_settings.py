@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import gc
 import weakref
 from typing import Any
@@ -68,6 +69,7 @@ MISTAKES: list[tuple[Any, list[str]]] = [
         {"default_model": ["m"]},
         [".default_model: must be a model id or a mapping with model, key and options, not a list"],
     ),
+    ({"models": [datetime.date(2025, 8, 7)]}, [".models.0: must be text, not a date"]),
     ({"default_model": ""}, [".default_model: must not be empty"]),
     (
         {"default_model": {"model": 3.5}},

@@ -11,6 +11,7 @@ A response tells what remained when its request arrived, so it is compared with 
 from __future__ import annotations
 
 import datetime
+import math
 import re
 from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING
@@ -27,6 +28,8 @@ MARGIN, MARGIN_SHARE = 3.0, 0.15
 SAME_MOMENT_SECONDS = 0.002
 #: How long a window is thought to be whose length has not been seen.
 WINDOW_SECONDS = 60.0
+#: How much later the next one is counted on, since clocks differ.
+WINDOW_MARGIN_SECONDS = 0.1
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|us|µs|ns|d|h|m|s)")
 _UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
@@ -129,6 +132,7 @@ class AnnouncedBucket:
         "_limit",
         "_most_seen",
         "_most_used",
+        "_newest_sent",
         "_reset_sum",
         "_seen_at_first",
         "_sent",
@@ -140,6 +144,7 @@ class AnnouncedBucket:
         self._bucket: Bucket | None = None
         self._most_seen = 0.0
         self._used_sum = self._reset_sum = self._most_used = 0.0
+        self._newest_sent = -math.inf
         self._sent = 0
         self._seen_at_first: tuple[float, float] | None = None
         self._is_window = False
@@ -212,14 +217,18 @@ class AnnouncedBucket:
             # Sent before anything was announced.
             bucket.level = max(bucket.level, level)
             return
+        if sent < self._newest_sent - SAME_MOMENT_SECONDS:
+            # An answer that took long: others told later news already.
+            return
+        self._newest_sent = sent
         held = self._history_level[min(first, after - 1) : after]
-        # Providers round down what remains.
-        remaining += 0.5
-        # Downward at once: somebody else may use the same limit. Upward in steps: it may be late news.
-        correction = min(0.0, remaining - held[-1]) + 0.3 * max(0.0, remaining - held[0])
-        bucket.level = min(bucket.capacity, bucket.level + correction)
-        for later in range(min(first, after - 1), len(self._history_level)):
-            self._history_level[later] += correction
+        # Providers round down what remains. Downward at once: somebody else may use the same limit. Upward in
+        # steps: it may be late news.
+        correction = min(0.0, remaining + 1 - held[-1]) + 0.3 * max(0.0, remaining - held[0])
+        if correction:
+            bucket.level = min(bucket.capacity, bucket.level + correction)
+            for later in range(min(first, after - 1), len(self._history_level)):
+                self._history_level[later] += correction
 
     def _margin(self) -> float:
         return min(MARGIN, MARGIN_SHARE * self._most_seen)
@@ -235,7 +244,7 @@ class AnnouncedBucket:
         first_over_at, first_used = self._seen_at_first
         moved = abs(over_at - first_over_at)
         self._is_window = used - first_used >= 5 and reset > 1 and moved < 0.02 * reset + 0.05
-        self._window_ends = over_at
+        self._window_ends = over_at + WINDOW_MARGIN_SECONDS
 
     def _rate(self, limit: float, remaining: float, reset: float | None, sent_since: int) -> float | None:
         per_minute = limit / 60 if limit > 0 else None

@@ -38,6 +38,8 @@ AT_ONCE_SECONDS, AT_ONCE, AT_ONCE_SHARE = 0.3, 3, 0.1
 AT_ONCE_AT_RANDOM, AT_ONCE_AT_RANDOM_SHARE = 5, 0.2
 #: Requests that such a judgement takes, at least.
 ENOUGH_REQUESTS = 20
+#: Lone refusals, each within so many seconds of the one before, after which they are taken to be random.
+LONE_REFUSALS, LONE_SECONDS = 6, 4.0
 #: A gap in sending, in seconds, after which what was sent before does not count.
 IDLE_SECONDS = 5.0
 
@@ -77,6 +79,7 @@ class Cooldowns:
         self._sent: deque[float] = deque(maxlen=4096)
         self._sent_count = 0
         self._lone_at = -math.inf
+        self._lone_refusals = 0
         self._refused_count = 0
         self._refused_at: deque[float] = deque(maxlen=64)
         self._accepted_at_pause = 0
@@ -185,6 +188,11 @@ class Cooldowns:
             if not self._at_once():
                 # Case 3.
                 if sent > self._lone_at and not self._strikes_at_random:
+                    self._lone_refusals = 1 if now - self._lone_at > LONE_SECONDS else self._lone_refusals + 1
+                    if self._lone_refusals > LONE_REFUSALS:
+                        # They go on however much slower it gets: the rate is not the reason.
+                        self._lifted = 2
+                        self._found.forget()
                     self._found.lone_refusal(now, self._sent_count - self._refused_count)
                     self._lone_at = now
                 return

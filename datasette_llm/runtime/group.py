@@ -23,9 +23,9 @@ import anyio
 from anyio import get_cancelled_exc_class
 from datasette.plugins import pm
 
-from .._compat import ExceptionGroup
+from .._compat import BaseExceptionGroup, ExceptionGroup
 from ..errors import GroupClosed, PromptCancelled
-from . import datasette_side
+from . import datasette_side, native_cancel
 from .clients import ClientPool
 from .stats import GroupStats
 from .supervisor import GRACE_SECONDS, Supervisor
@@ -174,7 +174,12 @@ class Group(Supervisor):
             self._failed.append(response)
 
     def _log_unread_failures(self) -> None:
-        unread = [response for response in self._failed if not response._error_seen]
+        unread = [
+            response
+            for response in self._failed
+            # Those that the block is left with are not lost.
+            if not response._error_seen and response._error not in self._errors
+        ]
         for response in unread[:FAILURES_LOGGED]:
             error = response._error
             logger.warning(
@@ -241,45 +246,73 @@ class GroupBlock:
 
     async def _end_tasks(self, stop: BaseException | None) -> bool:
         """Wait for the last tasks. Returns whether a cancellation was the group's own and ends here."""
-        cancellation = stop if isinstance(stop, get_cancelled_exc_class()) else None
-        if cancellation is None:
-            # Children end by themselves: prompts are done or cancelled, so only the watcher is left.
-            with anyio.CancelScope(shield=True):
-                await self.group.idle()
-            self.group.closed = True
+        try:
+            if isinstance(stop, get_cancelled_exc_class()):
+                return bool(await self._tasks.__aexit__(type(stop), stop, stop.__traceback__))
+            if stop is None:
+                self.group.closed = True
+            # Prompts are shielded: this ends the watcher, and workers of maps that have been stopped.
             self._tasks.cancel_scope.cancel()
             await self._tasks.__aexit__(None, None, None)
-            return False
-        return bool(await self._tasks.__aexit__(type(cancellation), cancellation, cancellation.__traceback__))
+        except BaseExceptionGroup as crash:
+            # KeyboardInterrupt, say, that hit a prompt's code.
+            if len(crash.exceptions) == 1:
+                raise crash.exceptions[0] from None
+            raise
+        return False
 
     async def _settle(self) -> Exception | None:
-        """Exit hooks and clients. Returns what a hook raised: it must not hide the body's exception."""
+        """Exit hooks and clients. Returns what a hook raised: it must not hide the body's exception.
+
+        In a task of its own: asyncio's ``Task.cancel()``, which knows no shields, reaches only ours.
+        """
         group = self.group
         group._log_unread_failures()
+        failures: list[Exception] = []
+
+        async def settle() -> None:
+            try:
+                await call_exit_hooks(group._datasette, group)
+            except Exception as error:
+                failures.append(error)
+            finally:
+                with anyio.move_on_after(GRACE_SECONDS, shield=True):
+                    await group.clients.aclose()
+
         try:
-            await call_exit_hooks(group._datasette, group)
-        except Exception as error:
-            return error
-        else:
-            return None
+            with anyio.CancelScope(shield=True):
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(settle)
         finally:
-            with anyio.move_on_after(GRACE_SECONDS, shield=True):
-                await group.clients.aclose()
             with anyio.CancelScope(shield=True):
                 await self._stack.aclose()
+        return failures[0] if failures else None
 
     def _leave_with(self, body_error: BaseException | None, absorbed: bool) -> bool:
         errors = self.group._errors
         if not errors:
             return absorbed
-        interrupted = absorbed or isinstance(body_error, PromptCancelled) or body_error in errors
-        if body_error is not None and not interrupted:
+        if body_error is not None and not absorbed and not _is_made_of(body_error, errors):
             return False
-        if len(errors) == 1:
-            if body_error is errors[0]:
-                return False
-            raise errors[0] from None
-        raise ExceptionGroup("several prompts of the group failed", errors) from None
+        if len(errors) == 1 and body_error is errors[0]:
+            return False
+        error = (
+            errors[0] if len(errors) == 1 else ExceptionGroup("several prompts of the group failed", errors)
+        )
+        context = error.__context__
+        try:
+            raise error
+        finally:
+            # Not "from None": that would lose the cause that the provider's library gave it.
+            error.__context__ = context
+
+
+def _is_made_of(error: BaseException, errors: list[Exception]) -> bool:
+    """Whether an exception tells nothing but what the group's prompts ended with."""
+    if isinstance(error, BaseExceptionGroup):
+        # The body reads its responses in a task group of its own.
+        return all(_is_made_of(inner, errors) for inner in error.exceptions)
+    return isinstance(error, PromptCancelled) or any(error is known for known in errors)
 
 
 async def call_exit_hooks(datasette: Any, group: Group) -> None:
@@ -303,9 +336,20 @@ async def call_exit_hooks(datasette: Any, group: Group) -> None:
                 answers = pm.subset_hook_caller("llm_group_exit", others)(datasette=datasette, group=group)
                 for answer in answers:
                     await datasette_side.resolve(answer)
-            except Exception as error:
+            except BaseException as error:
+                # The event loop ends, or the hook awaited something that was cancelled: it does not
+                # keep the other plugins from settling.
+                if not isinstance(error, Exception) and not native_cancel.is_native(error):
+                    raise
                 logger.exception("The llm_group_exit hook of %s failed", implementation.plugin_name)
-                failure = failure or error
+                if failure is None:
+                    failure = (
+                        error
+                        if isinstance(error, Exception)
+                        else RuntimeError(
+                            f"the llm_group_exit hook of {implementation.plugin_name} was cancelled"
+                        )
+                    )
         if scope.cancelled_caught:
             logger.error(
                 "The llm_group_exit hook of %s took more than %g s and was abandoned",

@@ -8,8 +8,8 @@ and what one raises is what the next one outside sees.
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
+from inspect import iscoroutine
 from typing import TYPE_CHECKING, Any
 
 from datasette.plugins import pm
@@ -17,7 +17,7 @@ from datasette.plugins import pm
 from . import datasette_side
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import Awaitable, Callable
     from contextlib import AbstractAsyncContextManager
 
     import llm
@@ -120,20 +120,22 @@ async def find_wrappers(datasette: Any, choice: Choice, prompt: str | None) -> l
     return wrappers
 
 
-@asynccontextmanager
-async def entered(
-    wrappers: list[Wrapper], result: PromptResult, check: Callable[[], None]
-) -> AsyncIterator[None]:
-    """Hold the wrappers entered, left in reverse order with whatever exception leaves the block.
+def entered(wrapper: Wrapper, result: PromptResult) -> AbstractAsyncContextManager[Any]:
+    """Return the context manager that enters and leaves a wrapper, on Datasette's side.
 
-    Args:
-        wrappers: outermost first.
-        result: what each of them is given.
-        check: called after each entry; raises if the prompt has been cancelled meanwhile, which
-            unwinds those entered so far.
+    Entering it raises what the plugin raised, or ``TypeError`` if the wrapper returned something else
+    than an async context manager.
     """
-    async with AsyncExitStack() as stack:
-        for wrapper in wrappers:
-            await stack.enter_async_context(datasette_side.context_manager(partial(wrapper, result)))
-            check()
-        yield
+    return datasette_side.context_manager(partial(_manager_of, wrapper, result))
+
+
+def _manager_of(wrapper: Wrapper, result: PromptResult) -> AbstractAsyncContextManager[Any]:
+    manager = wrapper(result)
+    if not hasattr(manager, "__aenter__") or not hasattr(manager, "__aexit__"):
+        if iscoroutine(manager):
+            manager.close()
+        raise TypeError(
+            "the function that llm_prompt_context returns must return an async context manager;"
+            f" a plugin's returned {type(manager).__name__}"
+        )
+    return manager

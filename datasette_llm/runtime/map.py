@@ -315,6 +315,7 @@ class MapRun(Generic[T]):
         self._group._responses._count()
         self._group.counters.failed += 1
         self._group.prompt_failed(error)
+        self._group.watch_failure(response)
         return response
 
     def _give(self, item: T, response: PromptResponse) -> None:
@@ -324,8 +325,6 @@ class MapRun(Generic[T]):
         if self.ended or interrupted or not response._finished:
             self._outstanding -= 1
         else:
-            if error is not None:
-                self._group.watch_failure(response)
             self._results.append((item, response))
         self._tell_loop()
 

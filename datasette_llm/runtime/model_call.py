@@ -5,10 +5,14 @@ A slot is held only while the model call runs. Between two attempts nothing is h
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from .._compat import BaseExceptionGroup
+from . import native_cancel
 from .retry import check_complete, classify, retrying
 from .throttle import Outcome
 
@@ -23,10 +27,13 @@ if TYPE_CHECKING:
     from .task import SupervisedTask
     from .throttle import Slots
 
+logger = logging.getLogger("datasette_llm")
+
 #: How long closing a model's generator may take, in seconds, when its answer is not wanted any more.
 CLOSE_SECONDS = 5.0
 
 _CANCELLED = Outcome("cancelled")
+_OK = Outcome("ok")
 
 
 class ModelCall:
@@ -85,11 +92,15 @@ class ModelCall:
 
     def _may_retry(self, error: Exception) -> bool:
         # A reader that has seen part of an answer must not see the beginning of another one.
-        return (
+        again = (
             not self._response._was_streamed
             and self._settings.retries.attempts > 1
             and classify(error).kind in ("throttled", "transient")
         )
+        if again:
+            # Nor may one that comes while we wait see what is given up now.
+            self._response._events = []
+        return again
 
     def _count_retry(self) -> None:
         self._task.supervisor.counters.retries += 1
@@ -116,8 +127,7 @@ class ModelCall:
                 await self._drive()
             else:
                 await self._drive_in_time(self._settings.timeout)
-            seconds = slots.now() - started
-            outcome = Outcome("ok", seconds=seconds, tokens=_used_tokens(response._observed))
+            outcome = _OK if slots.indifferent else self._answered(slots.now() - started)
         except Exception as error:
             failure = classify(error)
             kind = failure.kind if failure.kind in ("throttled", "transient") else "failed"
@@ -125,6 +135,9 @@ class ModelCall:
             raise
         finally:
             slots.release(outcome)
+
+    def _answered(self, seconds: float) -> Outcome:
+        return Outcome("ok", seconds=seconds, tokens=_used_tokens(self._response._observed))
 
     def _begin(self) -> None:
         task = self._task
@@ -155,20 +168,47 @@ class ModelCall:
                 await observed
                 _check_text(observed)
                 self._response._publish_all()
+            check_complete(observed)
         except BaseException as error:
-            opened = events or getattr(observed, "_generator", None)
-            if opened is not None:
-                with anyio.move_on_after(CLOSE_SECONDS, shield=True):
-                    await opened.aclose()
-            # llm would call the model once more if somebody read this response now.
-            observed._done = True
+            await _close(events or getattr(observed, "_generator", None))
+            _give_up(observed)
             if isinstance(error, AssertionError) and not error.args:
                 # llm asserts that a chunk is not None, and says no more than that.
                 raise _wrong_chunk(observed, None) from error
-            if not isinstance(error, (Exception, *_PROGRAM_STOPS, anyio.get_cancelled_exc_class())):
+            if not _is_ours(error):
                 raise RuntimeError(f"the model raised {type(error).__name__}: {error}") from error
             raise
-        check_complete(observed)
+
+
+async def _close(generator: AsyncGenerator[Any, None] | None) -> None:
+    """Close a model's generator, however it takes that."""
+    if generator is None:
+        return
+    with anyio.move_on_after(CLOSE_SECONDS, shield=True) as scope:
+        try:
+            await generator.aclose()
+        except Exception:
+            logger.exception("Closing the generator of a model failed")
+    if scope.cancelled_caught:
+        logger.warning("Abandoned the generator of a model: closing it took more than %g s", CLOSE_SECONDS)
+
+
+def _give_up(observed: llm.AsyncResponse) -> None:
+    """Make of llm's response one that has failed: it calls no model again and is no turn of anything."""
+    observed._done = True
+    observed._end = time.monotonic()
+    conversation = observed.conversation
+    if conversation is not None and observed in conversation.responses:
+        conversation.responses.remove(observed)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether an exception from a model goes on as it is: errors, and what stops prompt or program."""
+    if isinstance(error, BaseExceptionGroup):
+        return isinstance(error, Exception) or error.subgroup(_PROGRAM_STOPS) is not None
+    if isinstance(error, anyio.get_cancelled_exc_class()):
+        return not native_cancel.is_stray(error)
+    return isinstance(error, (Exception, *_PROGRAM_STOPS))
 
 
 def _check_text(observed: llm.AsyncResponse) -> None:
@@ -177,7 +217,7 @@ def _check_text(observed: llm.AsyncResponse) -> None:
             raise _wrong_chunk(observed, event.chunk)
 
 
-_PROGRAM_STOPS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+_PROGRAM_STOPS = (KeyboardInterrupt, SystemExit)
 
 
 def _wrong_chunk(observed: llm.AsyncResponse, chunk: Any) -> TypeError:

@@ -10,7 +10,7 @@ from anyio import get_cancelled_exc_class
 from ..errors import PromptCancelled
 from .model_call import ModelCall
 from .response import PromptResponse
-from .task import SupervisedTask
+from .task import SupervisedTask, misplaced
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,9 +62,18 @@ class PromptTask(SupervisedTask):
         if self._turn is not None:
             # The history was not complete yet when this prompt was asked.
             self.response._restart(self._ask())
-        await self.interruptible(self._call.run)
+        try:
+            await self.interruptible(self._call.run)
+        except Exception as error:
+            self.response._answer(error)
+            raise
+        self.response._answer()
         if self.result is not None:
-            await self.result._succeeded()
+            with self.abandonable("a callback"):
+                await self.result._succeeded()
+
+    def enter_context(self) -> None:
+        self.response._enter_context()
 
     async def after(self) -> None:
         if self.response._callbacks:
@@ -79,11 +88,10 @@ class PromptTask(SupervisedTask):
 
     def finish(self, error: Exception | None) -> None:
         if error is None:
-            observed = self.response._observed
-            counters = self.supervisor.counters
-            counters.input_tokens += observed.input_tokens or 0
-            counters.output_tokens += observed.output_tokens or 0
+            self.supervisor.counters.count_usage(self.response._observed)
         self.response._finish(error)
+        if error is not None and not isinstance(error, PromptCancelled):
+            self.supervisor.watch_failure(self.response)
         # The task, its call and its response know each other: without this only the garbage
         # collector could free them.
         del self._call
@@ -125,5 +133,9 @@ class PromptTask(SupervisedTask):
             error = None
         except Exception as failure:
             error = failure
+        except get_cancelled_exc_class() as stop:
+            if not await self.is_misplaced(stop):
+                raise
+            error = misplaced(stop)
         finally:
             self._end(error)

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
     from llm.parts import StreamEvent
 
-#: The response whose callbacks run in this context. They run before readers are let go, so a callback
-#: that reads its own response must not wait for itself.
-_settling: ContextVar[PromptResponse | None] = ContextVar("datasette_llm_settling", default=None)
+#: The response whose own wrappers or callbacks run in this context. They end before readers are let go,
+#: so what they read is the model's answer: they must not wait for themselves.
+_own: ContextVar[PromptResponse | None] = ContextVar("datasette_llm_own_response", default=None)
 
 
 class PromptResponse(llm.AsyncResponse):
@@ -70,7 +70,11 @@ class PromptResponse(llm.AsyncResponse):
         self._error_seen = False
         self._was_streamed = False
         self._bells: set[MemoryObjectSendStream[None]] = set()
-        self._finish_event: anyio.Event | None = None
+        # What the model call came to, for the prompt's own wrappers and callbacks.
+        self._answered = False
+        self._answer_error: Exception | None = None
+        # One event per waiting task: on trio, plugins wait on the hosted asyncio loop.
+        self._waiters: set[anyio.Event] = set()
         self._callbacks: list[Any] = []
         self._default_reader: TextReader | None = None
 
@@ -99,11 +103,16 @@ class PromptResponse(llm.AsyncResponse):
 
     async def wait(self) -> None:
         """Wait until the prompt has ended, however it ended; raises nothing of its own."""
-        if self._finished or _settling.get() is self:
-            return
-        if self._finish_event is None:
-            self._finish_event = anyio.Event()
-        await self._finish_event.wait()
+        while not self._is_readable():
+            event = anyio.Event()
+            self._waiters.add(event)
+            try:
+                await event.wait()
+            finally:
+                self._waiters.discard(event)
+
+    def _is_readable(self) -> bool:
+        return self._finished or (self._answered and _own.get() is self)
 
     async def _force(self) -> PromptResponse:
         # The one place through which all of llm's reading methods go.
@@ -116,6 +125,8 @@ class PromptResponse(llm.AsyncResponse):
             self._error_seen = True
             # With the traceback it first had: it would otherwise grow with every reader.
             raise self._error.with_traceback(self._traceback)
+        if self._answer_error is not None and _own.get() is self:
+            raise self._answer_error
 
     def __aiter__(self) -> TextReader:
         return TextReader(self)
@@ -206,6 +217,14 @@ class PromptResponse(llm.AsyncResponse):
             self._observed, tool_calls_list, before_call=before_call, after_call=after_call, tools=tools
         )
 
+    def log_to_db(self, db: Any) -> None:
+        self._raise_error()
+        super().log_to_db(db)  # type: ignore[no-untyped-call]
+
+    def to_dict(self) -> Any:
+        self._raise_error()
+        return super().to_dict()
+
     def text_or_raise(self) -> str:
         self._raise_error()
         return super().text_or_raise()
@@ -276,12 +295,32 @@ class PromptResponse(llm.AsyncResponse):
 
     async def _run_callbacks(self) -> None:
         """Run what readers registered with ``on_done`` so far, in order; the first error ends it."""
-        token = _settling.set(self)
+        token = _own.set(self)
         try:
             while self._callbacks:
                 await _call_back(self._callbacks.pop(0), self._observed)
         finally:
-            _settling.reset(token)
+            _own.reset(token)
+
+    def _answer(self, error: Exception | None = None) -> None:
+        """The model call is over; wrappers and callbacks still settle."""
+        self._answered = True
+        self._answer_error = error
+        if self._has_own_context:
+            self._wake_readers()
+
+    def _enter_context(self) -> None:
+        """From here on, what runs in this context settles before readers are let go."""
+        self._has_own_context = True
+        _own.set(self)
+
+    _has_own_context = False
+
+    def _wake_readers(self) -> None:
+        for event in self._waiters:
+            event.set()
+        if self._bells:
+            self._ring()
 
     def _finish(self, error: Exception | None) -> None:
         """End the prompt; idempotent, the first call counts."""
@@ -292,10 +331,9 @@ class PromptResponse(llm.AsyncResponse):
         self._error = error
         self._traceback = error.__traceback__ if error is not None else None
         self._callbacks.clear()
-        if self._finish_event is not None:
-            self._finish_event.set()
-        if self._bells:
-            self._ring()
+        self._answered = True
+        self._answer_error = None
+        self._wake_readers()
 
 
 async def _call_back(callback: Any, response: llm.AsyncResponse) -> None:
@@ -331,11 +369,9 @@ class EventReader:
                 self._position += 1
                 response._was_streamed = True
                 return event
-            if response._finished:
+            if response._is_readable():
                 self.close()
                 response._raise_error()
-                break
-            if _settling.get() is response:
                 break
             await self._wait_at_door()
         raise StopAsyncIteration

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextvars import copy_context
+import signal
+from contextvars import Context, copy_context
 from typing import TYPE_CHECKING
 
 import anyio
 from anyio import get_cancelled_exc_class
 from anyio.lowlevel import RunVar
 
+from .._compat import BaseExceptionGroup
 from . import datasette_side
 from .clients import ClientPool
 from .supervisor import GRACE_SECONDS, Supervisor
@@ -43,16 +45,16 @@ class RootSupervisor(Supervisor):
         self.closing = False
         # asyncio itself would let a task be collected that nobody holds; the RunVar holds this.
         self.task: asyncio.Task[None] | None = None
-        self._early: list[SupervisedTask] = []
+        # Asked before its own task had its first turn, each with the context of whoever asked.
+        self._early: list[tuple[Context, SupervisedTask]] = []
         self._woken = anyio.Event()
         self._ended = anyio.Event()
 
     def start(self, task: SupervisedTask) -> None:
         """Run a task as a child of this supervisor. Returns at once."""
         if self._tasks is None:
-            # Its own task has not had its first turn yet.
             self.adopt(task)
-            self._early.append(task)
+            self._early.append((copy_context(), task))
         else:
             super().start(task)
         self._woken.set()
@@ -62,8 +64,8 @@ class RootSupervisor(Supervisor):
         try:
             async with datasette_side.open_side(), anyio.create_task_group() as tasks:
                 self._tasks = tasks
-                for task in self._early:
-                    tasks.start_soon(task.run)
+                for context, task in self._early:
+                    context.run(tasks.start_soon, task.run)
                 self._early.clear()
                 try:
                     await self._until_idle()
@@ -71,6 +73,13 @@ class RootSupervisor(Supervisor):
                     self.closing = True
                     self.cancel()
                     raise
+        except BaseExceptionGroup as crash:
+            if crash.subgroup(KeyboardInterrupt) is None:
+                raise
+            # Ctrl-C hit the code of a prompt. On asyncio the loop has passed it on already; on trio it
+            # belongs to the main task, and in a system task it would look like a fault of trio.
+            if datasette_side.backend() == "trio":
+                signal.raise_signal(signal.SIGINT)
         finally:
             self.closing = True
             with anyio.move_on_after(GRACE_SECONDS, shield=True):
@@ -114,14 +123,15 @@ def root_supervisor() -> RootSupervisor:
     if root is None or root.closing:
         root = RootSupervisor()
         _root.set(root)
+        # In a context of its own: it outlives the request that started it, whose context variables
+        # must not. Each prompt runs in the context of whoever asked.
         if datasette_side.backend() == "trio":
             import trio
 
-            # With the caller's context a plugin's context variables would outlive their request.
-            trio.lowlevel.spawn_system_task(root.run, context=copy_context())
+            trio.lowlevel.spawn_system_task(root.run)
         else:
             loop = asyncio.get_running_loop()
-            root.task = loop.create_task(root.run(), name="datasette-llm root supervisor")
+            root.task = Context().run(loop.create_task, root.run(), name="datasette-llm root supervisor")
     return root
 
 

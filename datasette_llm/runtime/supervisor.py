@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import anyio
 
 if TYPE_CHECKING:
+    import llm
     from anyio.abc import TaskGroup
 
+    from .response import PromptResponse
     from .task import SupervisedTask
 
 #: How long the wrappers of a cancelled prompt may take to settle, in seconds.
@@ -28,6 +30,13 @@ class Counters:
     retries: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
+
+    def count_usage(self, response: llm.AsyncResponse) -> None:
+        """Add what a response has used, if its model says so with numbers."""
+        if isinstance(response.input_tokens, int):
+            self.input_tokens += response.input_tokens
+        if isinstance(response.output_tokens, int):
+            self.output_tokens += response.output_tokens
 
 
 class Supervisor:
@@ -70,6 +79,9 @@ class Supervisor:
 
     def prompt_failed(self, error: Exception) -> None:
         """Called when a task has failed of itself (not by cancellation), before it ends."""
+
+    def watch_failure(self, response: PromptResponse) -> None:
+        """Called with the response of a prompt that has failed of itself, when it has ended."""
 
     def cancel(self) -> None:
         """Cancel every live task, and each one that still comes. Returns at once."""

@@ -10,26 +10,34 @@ The states, in order:
 
 Who may interrupt what: all of it runs in a shielded scope, and only 1 and 3 sit in an inner scope, which
 ``cancel()`` cancels. So plugin code is never interrupted in the middle of its bookkeeping: a cancelled
-prompt's wrappers see ``PromptCancelled``, an ordinary exception, at their ``yield``. From the
-cancellation on the shield has a deadline, at which plugin code that hangs is abandoned.
+prompt's wrappers see ``PromptCancelled``, an ordinary exception, at their ``yield``.
+
+Plugin code that hangs is abandoned, but only in a cancelled task. Each wrapper, and the callbacks, sit in
+a shield of their own, nested like the wrappers. The innermost shield gets its deadline when it is its
+turn to settle: so neither a model that is slow to stop nor a wrapper that hangs takes the time of the
+wrappers outside of it.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 import llm
 from anyio import CancelScope, get_cancelled_exc_class
+from anyio.lowlevel import cancel_shielded_checkpoint
 
+from .._compat import BaseExceptionGroup
 from ..errors import PromptCancelled
-from .datasette_side import backend
+from . import native_cancel
 from .hook_scope import PromptResult, entered, find_wrappers
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
 
     from .choice import Choice
     from .conversation import Turn
@@ -52,7 +60,7 @@ class EntryGate:
     """
 
     def __init__(self) -> None:
-        self._open = False
+        self.open = False
         self._lock = anyio.Lock()
 
     async def first(self) -> bool:
@@ -61,10 +69,10 @@ class EntryGate:
         Returns:
             whether it must enter alone, and say ``admitted()`` or ``refused()`` afterwards.
         """
-        if self._open or _entering.get() is self:
+        if self.open or _entering.get() is self:
             return False
         await self._lock.acquire()
-        if self._open:
+        if self.open:
             self._lock.release()
             return False
         # A prompt that a wrapper sends while it is being entered would wait for itself.
@@ -73,7 +81,7 @@ class EntryGate:
 
     def admitted(self) -> None:
         """The first prompt is in: open for everybody."""
-        self._open = True
+        self.open = True
         self.refused()
 
     def refused(self) -> None:
@@ -128,6 +136,9 @@ class SupervisedTask:
         """Do what the wrappers are around; raise what they shall see."""
         raise NotImplementedError
 
+    def enter_context(self) -> None:
+        """Set the context variables that the wrappers shall run with."""
+
     async def after(self) -> None:
         """Do what comes once the wrappers are left, callbacks of the caller for one."""
 
@@ -151,14 +162,14 @@ class SupervisedTask:
         """
         if self.ended:
             return
-        if not self.cancelled:
-            self.cancelled = True
-            self._limit_shield()
+        self.cancelled = True
         if self._inner is not None:
             self._inner.cancel()
+        else:
+            self._begin_grace()
 
-    def _limit_shield(self) -> None:
-        if self._shield is not None:
+    def _begin_grace(self) -> None:
+        if self._shield is not None and self._shield.deadline == math.inf:
             self._shield.deadline = anyio.current_time() + self.supervisor.grace_seconds
 
     async def run(self) -> None:
@@ -171,18 +182,14 @@ class SupervisedTask:
         error: Exception | None = PromptCancelled("the task was stopped before it could settle")
         self.supervisor.counters.waiting += 1
         try:
-            with CancelScope(shield=True) as shield:
-                self._shield = shield
-                if self.cancelled:
-                    self._limit_shield()
+            with self.abandonable("a callback"):
                 error = await self._live()
-            if shield.cancelled_caught:
-                logger.warning(
-                    "Abandoned the cleanup of a cancelled prompt to %s: it took more than %g s",
-                    self.choice.model_id,
-                    self.supervisor.grace_seconds,
-                )
-                error = PromptCancelled("the prompt was cancelled, and its cleanup did not end in time")
+        except PromptCancelled as abandoned:
+            error = abandoned
+        except get_cancelled_exc_class() as stop:
+            if not await self.is_misplaced(stop):
+                raise
+            error = misplaced(stop)
         finally:
             self._end(error)
         if self._interruption is not None:
@@ -216,17 +223,60 @@ class SupervisedTask:
 
     async def _work_inside(self, wrappers: list[Wrapper]) -> None:
         gate = self._group.gate if self._group is not None else None
-        self.result = PromptResult(purpose=self.choice.purpose, group=self._group, is_chain=self.is_chain)
-        alone = gate is not None and await self.interruptible(gate.first)
-        try:
-            async with entered(wrappers, self.result, self.check):
-                if gate is not None and alone:
-                    alone = False
-                    gate.admitted()
-                await self._do_work()
-        finally:
+        alone = gate is not None and not gate.open and await self.interruptible(gate.first)
+        result = self.result = PromptResult(
+            purpose=self.choice.purpose, group=self._group, is_chain=self.is_chain
+        )
+        self.enter_context()
+        admitted = False
+
+        async def enter(index: int) -> None:
+            """Enter a wrapper and, inside of it, those that follow; then do the work."""
+            nonlocal admitted
+            self.check()
+            if index < len(wrappers):
+                with self.abandonable("a wrapper"):
+                    async with entered(wrappers[index], result):
+                        await enter(index + 1)
+                return
             if gate is not None and alone:
+                admitted = True
+                gate.admitted()
+            await self._do_work()
+
+        try:
+            await enter(0)
+        finally:
+            if gate is not None and alone and not admitted:
                 gate.refused()
+
+    @contextmanager
+    def abandonable(self, what: str) -> Iterator[None]:
+        """Run plugin code inside: never interrupted, abandoned when the task is cancelled and it hangs.
+
+        Raises:
+            PromptCancelled: it was abandoned.
+        """
+        outer = self._shield
+        with CancelScope(shield=True) as shield:
+            self._shield = shield
+            if self.cancelled:
+                self._begin_grace()
+            try:
+                yield
+            finally:
+                self._shield = outer
+                if self.cancelled:
+                    self._begin_grace()
+        if shield.cancelled_caught:
+            seconds = self.supervisor.grace_seconds
+            logger.warning(
+                "Abandoned %s of a cancelled prompt to %s: it took more than %g s",
+                what,
+                self.choice.model_id,
+                seconds,
+            )
+            raise PromptCancelled(f"the prompt was cancelled, and {what} did not end within {seconds:g} s")
 
     def check(self) -> None:
         """Raise ``PromptCancelled`` if somebody has cancelled this task."""
@@ -249,18 +299,44 @@ class SupervisedTask:
                 raise PromptCancelled("the prompt was cancelled") from error
             raise
         except get_cancelled_exc_class() as stop:
-            if not _came_from_outside(stop):
-                # A scope that a wrapper opened around its yield: its business, not ours.
+            if not await self._owner_is_stopping(stop):
+                # A scope or a timeout that a wrapper opened around its yield: its business, not ours.
                 raise
             # The event loop is closing and cancels each task by itself, shield or not. The wrappers
             # get the exception they can settle with; run() then passes this one on.
             self._interruption = stop
-            self.cancelled = True
-            self._limit_shield()
             raise PromptCancelled("the event loop is closing") from stop
+        except BaseException as stop:
+            if not _ends_program(stop):
+                raise
+            self._interruption = stop
+            self.cancelled = True
+            raise PromptCancelled("the program is being stopped") from stop
         finally:
             self._inner = None
+            if self.cancelled:
+                self._begin_grace()
         raise PromptCancelled("the prompt was cancelled")
+
+    async def _owner_is_stopping(self, stop: BaseException) -> bool:
+        """Whether asyncio cancels this task because the whole event loop ends.
+
+        Then our supervisor is cancelled in the same turn of the loop, and cancels us.
+        """
+        if not native_cancel.is_native(stop):
+            return False
+        await cancel_shielded_checkpoint()
+        return self.cancelled
+
+    async def is_misplaced(self, stop: BaseException) -> bool:
+        """Whether a cancellation that arrives at the top of this task was meant for something else.
+
+        Left alone it would cancel this prompt's siblings.
+        """
+        if not native_cancel.is_native(stop) or await self._owner_is_stopping(stop):
+            return False
+        native_cancel.take_back()
+        return True
 
     def _end(self, error: Exception | None) -> None:
         self.ended = True
@@ -299,9 +375,14 @@ class SupervisedTask:
             counters.waiting -= 1
 
 
-def _came_from_outside(cancellation: BaseException) -> bool:
-    """Whether a cancellation is asyncio's own (``Task.cancel()``), not that of a cancel scope.
+def misplaced(stop: BaseException) -> RuntimeError:
+    """Return the error of a prompt whose task was cancelled by code that it called."""
+    error = RuntimeError("asyncio code that a plugin or the model called cancelled the prompt's task")
+    error.__cause__ = stop
+    return error
 
-    anyio's scopes say so in the message they cancel a task with. trio has nothing but scopes.
-    """
-    return backend() == "asyncio" and not str(cancellation).startswith("Cancelled by cancel scope")
+
+def _ends_program(error: BaseException) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return error.subgroup((KeyboardInterrupt, SystemExit)) is not None
+    return isinstance(error, (KeyboardInterrupt, SystemExit))

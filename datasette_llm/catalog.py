@@ -115,7 +115,7 @@ _current: tuple[Any, float, Snapshot] | None = None
 def get_snapshot() -> Snapshot:
     """Return the models installed now."""
     global _current
-    load_plugins()  # type: ignore[no-untyped-call]
+    load_plugins()
     # HookImpl objects are made by each registration, so this sees a plugin that was taken out
     # and put back with other models, too.
     fingerprint = (pm.hook.register_models.get_hookimpls(), llm_files.check().models)

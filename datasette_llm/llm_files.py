@@ -77,7 +77,7 @@ def _user_dir() -> str:
     global _directory
     configured = os.environ.get("LLM_USER_PATH")
     if _directory is None or _directory[0] != configured:
-        _directory = (configured, str(llm.user_dir()))  # type: ignore[no-untyped-call]
+        _directory = (configured, str(llm.user_dir()))
     return _directory[1]
 
 

@@ -39,7 +39,7 @@ def datasette_with(settings: Any = None, secrets: Any = None) -> Datasette:
 
 
 @contextmanager
-def llm_models(*models: llm.AsyncModel) -> Iterator[None]:
+def llm_models(*models: llm.AsyncModel | llm.AsyncKeyModel) -> Iterator[None]:
     """Have llm know these async models, beside those of `fakes.registered`."""
 
     class Plugin:

@@ -17,7 +17,6 @@ from datasette_llm.errors import ModelNotFoundError
 from .fakes import FakeModel, registered
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 
@@ -28,12 +27,17 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def listings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def listings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How often llm was asked for its list."""
     calls: list[int] = []
     real = llm.get_models_with_aliases
-    monkeypatch.setattr(llm, "get_models_with_aliases", lambda: (calls.append(1), real())[1])
-    yield calls  # noqa: PT022 - the list is read while the patch holds
+
+    def counted() -> Any:
+        calls.append(1)
+        return real()
+
+    monkeypatch.setattr(llm, "get_models_with_aliases", counted)
+    return calls
 
 
 def settle(path: Path) -> None:
@@ -84,10 +88,10 @@ def test_the_same_plugin_put_back_with_other_models_is_noticed() -> None:
 def test_a_snapshot_is_at_most_a_minute_old(listings: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     get_snapshot()
     now = time.monotonic()
-    monkeypatch.setattr(catalog.time, "monotonic", lambda: now + 59)
+    monkeypatch.setattr(time, "monotonic", lambda: now + 59)
     get_snapshot()
     assert listings == [1]
-    monkeypatch.setattr(catalog.time, "monotonic", lambda: now + 61)
+    monkeypatch.setattr(time, "monotonic", lambda: now + 61)
     get_snapshot()
     assert listings == [1, 1]
 
@@ -179,6 +183,7 @@ def test_nobody_shares_a_model() -> None:
 def test_a_class_with_its_own_way_of_copying_keeps_it() -> None:
     class Slotted:
         __slots__ = ("extra",)
+        extra: str
 
     class WithSlots(FakeModel, Slotted):
         pass

@@ -131,11 +131,9 @@ class AnnouncedBucket:
         "_left",
         "_limit",
         "_most_seen",
-        "_most_used",
         "_newest_sent",
         "_reset_sum",
         "_seen_at_first",
-        "_sent",
         "_used_sum",
         "_window_ends",
     )
@@ -143,9 +141,8 @@ class AnnouncedBucket:
     def __init__(self) -> None:
         self._bucket: Bucket | None = None
         self._most_seen = 0.0
-        self._used_sum = self._reset_sum = self._most_used = 0.0
+        self._used_sum = self._reset_sum = 0.0
         self._newest_sent = -math.inf
-        self._sent = 0
         self._seen_at_first: tuple[float, float] | None = None
         self._is_window = False
         self._window_ends = 0.0
@@ -196,7 +193,7 @@ class AnnouncedBucket:
         sent = now - age
         self._most_seen = max(self._most_seen, remaining + 1.0)
         self._look_for_window(sent, limit - remaining, reset)
-        rate = self._rate(limit, remaining, reset, sent_since)
+        rate = self._rate(limit, remaining, reset)
         if rate is None:
             return
         if self._is_window:
@@ -246,25 +243,22 @@ class AnnouncedBucket:
         self._is_window = used - first_used >= 5 and reset > 1 and moved < 0.02 * reset + 0.05
         self._window_ends = over_at + WINDOW_MARGIN_SECONDS
 
-    def _rate(self, limit: float, remaining: float, reset: float | None, sent_since: int) -> float | None:
+    def _rate(self, limit: float, remaining: float, reset: float | None) -> float | None:
         per_minute = limit / 60 if limit > 0 else None
         used = limit - remaining
         if reset and used >= 1:
             # Weighted by what was used: of that, the rounding is the smaller part the more it is.
             self._used_sum = 0.95 * self._used_sum + max(0.5, used - 0.5)
             self._reset_sum = 0.95 * self._reset_sum + reset
-            self._most_used = max(self._most_used, used)
         if self._reset_sum <= 0 or used != used:
             return per_minute
         by_reset = self._used_sum / self._reset_sum
         if per_minute is None:
             return by_reset
-        self._sent += 1
         if by_reset < 0.4 * per_minute:
             # A limit per hour or day, or a window that has only begun.
             return per_minute if self._is_window else by_reset
         if by_reset <= 2.5 * per_minute:
             return per_minute
-        # A limit per second, or one per minute that is enforced with a smaller bucket than it says: then more
-        # seems to be used than was ever sent.
-        return by_reset if used <= 1.2 * (self._sent + sent_since) + 2 else per_minute
+        # A limit per second; or one per minute, enforced with a smaller bucket, never seen that full.
+        return by_reset if self._most_seen > 0.5 * limit else per_minute

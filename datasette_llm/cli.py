@@ -294,9 +294,11 @@ def demo_command(path: str, backend: str) -> None:
     except EnrichInputError as error:
         raise InputProblem(str(error)) from None
     click.echo(plan.introduction)
-    report = _run_job(
-        partial(_make_datasette, [path], None, None), plan.spec, open_display(quiet=False), backend
-    )
+    display = open_display(quiet=False)
+    with demo.without_policies() as left_out:
+        if left_out:
+            click.echo(f"Left out, since this model has no price and no key: {', '.join(left_out)}\n")
+        report = _run_job(partial(_make_datasette, [path], None, None), plan.spec, display, backend)
     click.echo(report.summary())
     click.echo(demo.closing_words(plan))
     raise SystemExit(exit_code(report))

@@ -12,10 +12,12 @@ import shlex
 import sqlite3
 import sys
 import unicodedata
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from datasette_llm.hookspecs import plugin_manager
 
 from .errors import EnrichInputError
 from .spec import JobSpec
@@ -85,6 +87,27 @@ def prepare(path: str) -> DemoPlan:
         f"{path} {verb} a table {table} of {rows:,} rows. The demo runs this on it:\n\n  {command}\n"
     )
     return DemoPlan(path, table, spec, introduction)
+
+
+@contextmanager
+def without_policies() -> Iterator[list[str]]:
+    """Leave out the plugins that decide about models and account for prompts; yield their names.
+
+    They are for models that cost something: one that knows the price of every model refuses echo.
+    """
+    manager = plugin_manager()
+    plugins = {
+        impl.plugin_name: impl.plugin
+        for hook in ("llm_filter_models", "llm_default_model", "llm_prompt_context", "llm_group_exit")
+        for impl in getattr(manager.hook, hook).get_hookimpls()
+    }
+    for plugin in plugins.values():
+        manager.unregister(plugin)
+    try:
+        yield sorted(plugins)
+    finally:
+        for name, plugin in plugins.items():
+            manager.register(plugin, name=name)
 
 
 def closing_rows(plan: DemoPlan) -> list[str]:

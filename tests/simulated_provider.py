@@ -56,7 +56,7 @@ class SimulatedProvider:
     refused_at: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._random = random.Random(self.seed)  # noqa: S311
+        self._random = random.Random(self.seed)
         self._level = self.burst
         self._at: float | None = None
         self._desk = anyio.Semaphore(self.workers) if self.workers else None

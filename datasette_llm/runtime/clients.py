@@ -91,10 +91,10 @@ class ClientPool:
         model.get_client = get_client
         return True
 
-    def _shared_ssl_context(self) -> Any:
+    def _shared_ssl_context(self, library: Any) -> Any:
         # Loading the certificates is what makes a client expensive.
         if self._ssl_context is None:
-            self._ssl_context = _library_of(http_client_class()).create_ssl_context()
+            self._ssl_context = library.create_ssl_context()
         return self._ssl_context
 
     async def aclose(self) -> None:
@@ -122,16 +122,16 @@ def makes_openai_clients(model: Any) -> bool:
 class _ClientSet:
     """Clients that are alike, each with connections of its own; the first that has room is used next."""
 
-    def __init__(self, template: Any, observe: Observe | None, ssl_context: Callable[[], Any]) -> None:
+    def __init__(self, template: Any, observe: Observe | None, ssl_context: Callable[[Any], Any]) -> None:
         self._template = template
         self._observe = observe
         self._ssl_context = ssl_context
         self._clients: list[_Client] = []
-        self._http_client_class = http_client_class()
+        self._http_library = http_library()
 
     def lease(self) -> Any:
-        if self._http_client_class is None:
-            # This version of openai has no class to make a transport with: one client, kept.
+        if self._http_library is None:
+            # This version of openai has nothing to make a transport with: one client, kept.
             return self._template
         least = None
         for client in self._clients:
@@ -141,7 +141,9 @@ class _ClientSet:
             if least is None or client.busy < least.busy:
                 least = client
         if least is None or len(self._clients) < MOST_CLIENTS:
-            least = _Client(self._template, self._http_client_class, self._observe, self._ssl_context())
+            factory, library = self._http_library
+            verify = self._ssl_context(library)
+            least = _Client(self._template, factory, library, self._observe, verify)
             self._clients.append(least)
         return _Lease(least)
 
@@ -156,11 +158,13 @@ class _ClientSet:
 class _Client:
     """One OpenAI client on a transport of its own, without the retries that openai makes in secret."""
 
-    def __init__(self, template: Any, http_client_class: Any, observe: Observe | None, verify: Any) -> None:
+    def __init__(
+        self, template: Any, factory: Any, library: Any, observe: Observe | None, verify: Any
+    ) -> None:
         self.busy = 0
         hooks = {} if observe is None else {"request": [_stamp], "response": [_reporter(observe)]}
-        self.http = http_client_class(
-            limits=_library_of(http_client_class).Limits(
+        self.http = factory(
+            limits=library.Limits(
                 max_connections=MOST_CONNECTIONS,
                 max_keepalive_connections=MOST_CONNECTIONS,
                 keepalive_expiry=KEEPALIVE_SECONDS,
@@ -178,17 +182,17 @@ class _Lease:
     complete, failed or given up, streamed or not.
     """
 
-    __slots__ = ("_client",)
+    __slots__ = ("_leased",)
 
     def __init__(self, client: _Client) -> None:
         client.busy += 1
-        self._client = client
+        self._leased = client
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._client.openai, name)
+        return getattr(self._leased.openai, name)
 
     def __del__(self) -> None:
-        self._client.busy -= 1
+        self._leased.busy -= 1
 
 
 _SENT = "datasette_llm.sent"
@@ -206,24 +210,16 @@ def _reporter(observe: Observe) -> Callable[[Any], Any]:
     return report
 
 
-def http_client_class() -> Any:
-    """Return openai's class of async HTTP clients with its own defaults, or ``None`` if it has none."""
-    for name in ("DefaultAsyncHttpx2Client", "DefaultAsyncHttpxClient"):
-        found = getattr(openai, name, None)
-        if found is not None:
-            return found
+def http_library() -> tuple[Any, Any] | None:
+    """Return what makes async HTTP clients with openai's defaults, and the library these come from.
+
+    Newer versions of openai are built on httpx2, older ones on httpx; ``None`` if this one has neither.
+    """
+    for name, library in (("DefaultAsyncHttpx2Client", "httpx2"), ("DefaultAsyncHttpxClient", "httpx")):
+        factory = getattr(openai, name, None)
+        if factory is not None:
+            return factory, importlib.import_module(library)
     return None
-
-
-def _library_of(http_client_class: Any) -> Any:
-    """Return the module (httpx2, or httpx with an older openai) that a client class comes from."""
-    for base in http_client_class.__mro__:
-        name = base.__module__.partition(".")[0]
-        if name in ("httpx", "httpx2"):
-            return importlib.import_module(name)
-    raise TypeError(
-        f"{http_client_class} is not an httpx client"
-    )  # pragma: no cover - see http_client_class()
 
 
 _standalone: RunVar[ClientPool] = RunVar("datasette_llm_standalone_clients")

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 from anyio import get_cancelled_exc_class
-from datasette.plugins import pm
 
 from .._compat import BaseExceptionGroup, ExceptionGroup
 from ..errors import GroupClosed, PromptCancelled
@@ -323,11 +322,9 @@ async def call_exit_hooks(datasette: Any, group: Group) -> None:
     Raises:
         Exception: the first hook's that failed, when all have run; the others are logged.
     """
-    hook = getattr(pm.hook, "llm_group_exit", None)
-    if hook is None:
-        return
+    pm = plugin_manager()
     failure: Exception | None = None
-    for implementation in reversed(hook.get_hookimpls()):
+    for implementation in reversed(pm.hook.llm_group_exit.get_hookimpls()):
         if implementation.wrapper or implementation.hookwrapper:
             continue
         others = [plugin for plugin in pm.get_plugins() if plugin is not implementation.plugin]

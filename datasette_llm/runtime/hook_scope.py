@@ -12,8 +12,7 @@ from functools import partial
 from inspect import iscoroutine
 from typing import TYPE_CHECKING, Any
 
-from datasette.plugins import pm
-
+from ..hookspecs import plugin_manager
 from . import datasette_side
 
 if TYPE_CHECKING:
@@ -85,8 +84,8 @@ async def _awaited(value: Any) -> Any:
 
 def hooks_wrap_prompts() -> bool:
     """Whether any plugin has something to say about prompts; it may still have no wrapper for one."""
-    hook = getattr(pm.hook, "llm_prompt_context", None)
-    return hook is not None and bool(hook.get_hookimpls())
+    hook = plugin_manager().hook.llm_prompt_context
+    return bool(hook.get_hookimpls())
 
 
 async def find_wrappers(datasette: Any, choice: Choice, prompt: str | None) -> list[Wrapper]:
@@ -101,7 +100,7 @@ async def find_wrappers(datasette: Any, choice: Choice, prompt: str | None) -> l
     if not hooks_wrap_prompts():
         return []
     wrappers = []
-    for answer in pm.hook.llm_prompt_context(
+    for answer in plugin_manager().hook.llm_prompt_context(
         datasette=datasette,
         model_id=choice.model_id,
         prompt=prompt,

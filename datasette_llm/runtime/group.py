@@ -24,6 +24,7 @@ from anyio import get_cancelled_exc_class
 
 from .._compat import BaseExceptionGroup, ExceptionGroup
 from ..errors import GroupClosed, PromptCancelled
+from ..hookspecs import plugin_manager
 from . import datasette_side, native_cancel
 from .clients import ClientPool
 from .stats import GroupStats

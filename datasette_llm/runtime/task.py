@@ -13,9 +13,8 @@ Who may interrupt what: all of it runs in a shielded scope, and only 1 and 3 sit
 prompt's wrappers see ``PromptCancelled``, an ordinary exception, at their ``yield``.
 
 Plugin code that hangs is abandoned, but only in a cancelled task. Each wrapper, and the callbacks, sit in
-a shield of their own, nested like the wrappers. The innermost shield gets its deadline when it is its
-turn to settle: so neither a model that is slow to stop nor a wrapper that hangs takes the time of the
-wrappers outside of it.
+a scope of their own, nested like the wrappers, and it gets its deadline when it is its turn to settle: so
+neither a model that is slow to stop nor a wrapper that hangs takes the time of the wrappers outside of it.
 """
 
 from __future__ import annotations
@@ -126,7 +125,7 @@ class SupervisedTask:
         self._prompt = prompt
         self._group = group
         self._turn = turn
-        self._shield: CancelScope | None = None
+        self._patience: CancelScope | None = None
         self._inner: CancelScope | None = None
         self._interruption: BaseException | None = None
 
@@ -169,8 +168,8 @@ class SupervisedTask:
             self._begin_grace()
 
     def _begin_grace(self) -> None:
-        if self._shield is not None and self._shield.deadline == math.inf:
-            self._shield.deadline = anyio.current_time() + self.supervisor.grace_seconds
+        if self._patience is not None and self._patience.deadline == math.inf:
+            self._patience.deadline = anyio.current_time() + self.supervisor.grace_seconds
 
     async def run(self) -> None:
         """Live from admission to the end. Errors go to the readers, never to the caller.
@@ -257,18 +256,19 @@ class SupervisedTask:
         Raises:
             PromptCancelled: it was abandoned.
         """
-        outer = self._shield
-        with CancelScope(shield=True) as shield:
-            self._shield = shield
+        outer = self._patience
+        # Only the outermost keeps others out: a timeout that a wrapper opens around its yield counts.
+        with CancelScope(shield=outer is None) as patience:
+            self._patience = patience
             if self.cancelled:
                 self._begin_grace()
             try:
                 yield
             finally:
-                self._shield = outer
+                self._patience = outer
                 if self.cancelled:
                     self._begin_grace()
-        if shield.cancelled_caught:
+        if patience.cancelled_caught:
             seconds = self.supervisor.grace_seconds
             logger.warning(
                 "Abandoned %s of a cancelled prompt to %s: it took more than %g s",

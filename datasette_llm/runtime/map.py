@@ -167,8 +167,6 @@ class MapRun(Generic[T]):
         for cancel in list(self._in_flight.values()):
             cancel()
         self.end_source()
-        if self._feeder is not None:
-            self._feeder.stop()
 
     def _end(self) -> None:
         self.ended = True
@@ -209,6 +207,8 @@ class MapRun(Generic[T]):
         self.exhausted = True
         if self._error is None and not self._stopped:
             self._error = error
+        if self._feeder is not None:
+            self._feeder.stop()
         while self._idle:
             self.wake_worker()
         self._tell_loop()
@@ -356,7 +356,6 @@ class _Feeder(Generic[T]):
 
     def stop(self) -> None:
         """Pull no more. A generator that is running is cancelled, one that waits is closed."""
-        self._ready.clear()
         self.wake()
         if self._pulling:
             self._scope.cancel()

@@ -107,7 +107,10 @@ def main() -> int:
     described = ", ".join(f"{name} {value}" for name, value in report.machine().items())
     print(f"{described}\n")
     print(report.text_table(report.HEADINGS, [line for each in outcomes for line in report.rows(each)]))
-    print("\nplain llm was asked fewer prompts (N); its figures are scaled by that.\n")
+    print("\nplain llm was asked fewer prompts (N); its figures are scaled by that.")
+    if arguments.quick:
+        print("These were small numbers: starting up weighs more than in what the targets are meant for.")
+    print()
     print(report.text_table(report.TARGET_HEADINGS, report.target_lines(outcomes)))
     if outcomes and arguments.write:
         kept = report.load(path, scenarios)

@@ -48,8 +48,8 @@ def _visit(work: Work, result: Result) -> None:
             assert process.stdout is not None
             try:
                 visitor = Visitor(process.stdout.readline().strip())
-                visitor.look(50)
-                idle = visitor.look(max(100, work.n // 4))
+                visitor.look(10)
+                idle = visitor.look(max(50, work.n // 5))
                 visitor.get("/-/benchmark-start")
                 started = time.perf_counter()
                 busy: list[float] = []

@@ -127,7 +127,7 @@ def found(result: Result) -> str:
     if refusals := server.get("statuses", {}).get("429", 0):
         notes.append(f"{refusals} refused ({refusals / result.n:.1%})")
     if missing := result.n - result.right - result.wrong:
-        notes.append(f"{missing} lost" if missing > 0 else f"{-missing} more reads")
+        notes.append(f"{missing} lost" if missing > 0 else f"{result.right} complete reads")
     if result.failed:
         errors = ", ".join(f"{count} {name}" for name, count in sorted(result.errors.items()))
         notes.append(f"{errors} after {server.get('requests', 0)} requests")

@@ -334,7 +334,7 @@ def _memory(quick: bool) -> Scenario:
 
 
 def _page(quick: bool) -> Scenario:
-    n, latency, concurrency = (400 if quick else 3000), 0.5, 100
+    n, latency, concurrency = (300 if quick else 3000), 0.5, 100
 
     def slower(results: Results) -> float:
         found = results["enrich"].extra

@@ -1,4 +1,5 @@
 """map(): pulling, order, backpressure, leaving early, and what an error ends."""
+# ruff: noqa: PT012 - what raises is the loop over the map
 
 from __future__ import annotations
 

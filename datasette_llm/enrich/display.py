@@ -84,11 +84,11 @@ class Bar:
 
     def update(self, progress: EnrichProgress) -> None:
         if self._bar is None:
-            self._bar = _Tqdm(
-                file=self._stream, unit=" rows", leave=True, dynamic_ncols=True, mininterval=0, smoothing=0.1
-            )
+            # The smallest delay: nothing is drawn before the first numbers are there.
+            self._bar = _Tqdm(file=self._stream, unit=" rows", mininterval=0, smoothing=0.1, delay=1e-9)
         bar = self._bar
         columns = shutil.get_terminal_size().columns
+        bar.ncols = columns - 1  # A line that fills the last column would wrap.
         bar.bar_format = _format(progress, columns)
         bar.total = progress.total
         bar.set_postfix_str(_counts(progress, columns), refresh=False)
@@ -111,7 +111,7 @@ def _format(progress: EnrichProgress, columns: int) -> str:
             else ("{n_fmt} rows (still counting) [{elapsed}, {rate_fmt}{postfix}]")
         )
     if columns < NARROW_COLUMNS:
-        return "{percentage:.0f}% {n_fmt}/{total_fmt} {remaining}{postfix}"
+        return "{percentage:.0f}% {n_fmt}/{total_fmt} {remaining} left{postfix}"
     return "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left, {rate_fmt}{postfix}]"
 
 

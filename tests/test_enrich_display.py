@@ -1,0 +1,78 @@
+"""What a person sees while a job runs, wide and narrow, on a terminal and in a log."""
+
+from __future__ import annotations
+
+import io
+import os
+
+import pytest
+
+from datasette_llm.enrich.display import Bar, Lines, Silence, line, open_display
+from datasette_llm.enrich.report import EnrichProgress, duration
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def progress_of(done: int, total: int | None = 10_000, **more: int) -> EnrichProgress:
+    progress = EnrichProgress(total=total, done=done, elapsed=done / 100, **more)
+    progress.input_tokens = 30 * done
+    return progress
+
+
+@pytest.mark.parametrize("columns", [200, 80, 60, 40, 20])
+def test_the_bar_fits_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.get_terminal_size", lambda fallback=None: os.terminal_size((columns, 24)))
+    monkeypatch.setenv("COLUMNS", str(columns))
+    terminal = Terminal()
+    bar = open_display(quiet=False, stream=terminal)
+    assert isinstance(bar, Bar)
+    for done in (0, 5_000, 9_999):
+        bar.update(progress_of(done, total=None if done == 0 else 10_000, failed=12, retries=34))
+    bar.note("A sentence")
+    bar.close()
+    shown = terminal.getvalue()
+    assert "A sentence" in shown
+    assert "50%" in shown
+    assert "9999/10000" in shown
+    assert ("12 failed" in shown) == (columns >= 40)
+    assert ("34 retries" in shown) == (columns >= 80)
+    if columns >= 40:
+        assert max(len(part) for part in shown.replace("\n", "\r").split("\r")) <= columns
+
+
+def test_lines_in_a_log_come_seldom() -> None:
+    log = io.StringIO()
+    lines = open_display(quiet=False, stream=log)
+    assert isinstance(lines, Lines)
+    for second in range(200):
+        lines.update(progress_of(second * 100, total=20_000))
+    lines.close()
+    assert len(log.getvalue().splitlines()) == 8
+    assert log.getvalue().splitlines()[0] == "1,000/20,000 rows, 100.0 rows/s, 3 min 10 s left, 30,000 tokens"
+
+
+def test_a_line_says_what_there_is_to_say() -> None:
+    assert line(EnrichProgress()) == "0 rows, 0.0 rows/s"
+    assert line(progress_of(500, failed=2, retries=3)) == (
+        "500/10,000 rows, 100.0 rows/s, 1 min 35 s left, 2 failed, 3 retries, 15,000 tokens"
+    )
+
+
+def test_quiet_shows_notes_only() -> None:
+    stream = io.StringIO()
+    silence = open_display(quiet=True, stream=stream)
+    assert type(silence) is Silence
+    silence.update(progress_of(5_000))
+    silence.note("Stopping")
+    silence.close()
+    assert stream.getvalue() == "Stopping\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(4.21, "4.2 s"), (200, "3 min 20 s"), (7_500, "2 h 5 min"), (0, "0.0 s")]
+)
+def test_durations(seconds: float, shown: str) -> None:
+    assert duration(seconds) == shown

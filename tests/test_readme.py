@@ -1,0 +1,178 @@
+"""README.md is true: its programs, commands and configurations are run as they are printed."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import re
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import click
+import pytest
+import yaml
+from click.testing import CliRunner
+from datasette.app import Datasette
+from datasette.cli import cli
+
+import datasette_llm
+from datasette_llm import hookspecs
+from datasette_llm.cli import llm_group
+from datasette_llm.runtime.policy import PromptSettings
+from datasette_llm.settings import PLUGIN_NAME, PluginSettings, PurposeSettings, parse_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+#: What takes how long differs from run to run.
+TIMING = re.compile(r"[\d.,]+ s, [\d.,]+ rows/s")
+SET_UP = [
+    "pip install -q uv && uv run datasette llm demo",
+    "pip install -q uv && uv run --isolated --group plugins pytest --cov",
+]
+
+
+class Block(NamedTuple):
+    """A fenced block of the README, and the ``text`` block right under it."""
+
+    line: int
+    language: str
+    code: str
+    output: str | None
+
+
+def _blocks() -> Iterator[Block]:
+    fence = re.compile(r"^```(\w+)\n(.*?)^```\n(?:```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
+    for match in fence.finditer(README):
+        line = README.count("\n", 0, match.start()) + 1
+        yield Block(line, match[1], match[2], match[3])
+
+
+BLOCKS = list(_blocks())
+PROGRAMS = [block for block in BLOCKS if block.language == "python"]
+CONFIGURATIONS = [block for block in BLOCKS if block.language == "yaml"]
+COMMANDS = [block for block in BLOCKS if block.language == "bash"]
+
+
+def _id(block: Block) -> str:
+    return f"line-{block.line}"
+
+
+@pytest.fixture
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty working directory; the Datasettes made in it are closed afterwards."""
+    monkeypatch.chdir(tmp_path)
+    before = {id(found) for found in gc.get_objects() if isinstance(found, Datasette)}
+    yield tmp_path
+    for found in gc.get_objects():
+        if isinstance(found, Datasette) and id(found) not in before:
+            _close(found)
+
+
+def _close(datasette: Datasette) -> None:
+    if hasattr(datasette, "close"):  # not in the oldest Datasette
+        datasette.close()
+
+
+@pytest.mark.parametrize("block", PROGRAMS, ids=_id)
+def test_a_program_prints_what_is_under_it(block: Block, directory: Path) -> None:
+    if "import trio_asyncio" in block.code:
+        # Imported in this way first, it leaves the asyncio loops of the other tests alone.
+        pytest.importorskip("datasette_llm.runtime.trio_loop")
+    if "add_background_task" in block.code and not hasattr(Datasette, "add_background_task"):
+        pytest.skip("this Datasette has no background tasks")
+    printed = io.StringIO()
+    program = compile(block.code, f"README.md:{block.line}", "exec")
+    with contextlib.redirect_stdout(printed):
+        exec(program, {"__name__": "__main__"})
+    assert block.output is not None, "every program is followed by its output"
+    assert printed.getvalue().strip() == block.output.strip()
+
+
+@pytest.mark.parametrize("block", CONFIGURATIONS, ids=_id)
+def test_a_configuration_is_valid(block: Block) -> None:
+    parse_settings(yaml.safe_load(block.code)["plugins"][PLUGIN_NAME])
+
+
+def _arguments(block: Block) -> list[list[str]]:
+    lines = [shlex.split(line, comments=True) for line in block.code.splitlines()]
+    return [line[1:] for line in lines if line[:2] == ["datasette", "llm"]]
+
+
+def test_commands_print_what_is_under_them(directory: Path) -> None:
+    runner = CliRunner()
+    assert runner.invoke(cli, ["llm", "demo"]).exit_code == 0
+    ran = 0
+    for block in COMMANDS:
+        if block.output is not None:
+            (arguments,) = _arguments(block)
+            result = runner.invoke(cli, arguments)
+            assert (result.exit_code, result.stderr) == (0, "")
+            assert TIMING.sub("", result.stdout).strip() == TIMING.sub("", block.output).strip()
+            ran += 1
+    assert ran
+
+
+def test_the_other_commands_have_options_that_exist(directory: Path) -> None:
+    for name in ("reviews.db", "articles.db", "datasette.yaml"):
+        (directory / name).touch()
+    parsed = 0
+    for block in COMMANDS:
+        for _, name, *arguments in _arguments(block):
+            command = llm_group.commands[name]
+            assert isinstance(command, click.Command)
+            with contextlib.suppress(click.exceptions.Exit):  # --help
+                command.make_context(name, list(arguments), resilient_parsing="demo.db" in arguments)
+            parsed += 1
+    assert parsed
+
+
+def test_the_two_commands_that_do_all_set_up_come_first() -> None:
+    assert [block.code.strip() for block in COMMANDS[:2]] == SET_UP
+
+
+def _headings() -> list[str]:
+    return re.findall(r"^#+ (.+)$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "hook", [name for name, value in vars(hookspecs).items() if hasattr(value, "datasette_spec")]
+)
+def test_a_hook_has_a_heading_with_its_arguments(hook: str) -> None:
+    specification = getattr(hookspecs, hook)
+    names = specification.__code__.co_varnames[: specification.__code__.co_argcount]
+    assert f"`{hook}({', '.join(names)})`" in _headings()
+
+
+@pytest.mark.parametrize("key", sorted({*PluginSettings.model_fields, *PurposeSettings.model_fields}))
+def test_a_configuration_key_is_explained_and_shown(key: str) -> None:
+    assert re.search(rf"^\| .*\b{key}\b.* \|", README, re.MULTILINE)
+    assert any(re.search(rf"^ *{key}:", block.code, re.MULTILINE) for block in CONFIGURATIONS)
+
+
+def test_the_defaults_in_the_table_are_the_defaults() -> None:
+    usual = PromptSettings()
+    bounds = usual.concurrency
+    assert not isinstance(bounds, int)
+    for default in (
+        f"{bounds.start}, {bounds.min}, {bounds.max}",
+        f"{usual.retries.attempts}",
+        f"{usual.retries.timeout:g}",
+    ):
+        assert f" | {default} |\n" in README
+
+
+@pytest.mark.parametrize("name", datasette_llm.__all__)
+def test_a_public_name_is_mentioned(name: str) -> None:
+    assert re.search(rf"\b{name}\b", README)
+
+
+def test_links_lead_somewhere() -> None:
+    anchors = {re.sub(r"[^a-z0-9 _-]", "", heading.lower()).replace(" ", "-") for heading in _headings()}
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert target[1:] in anchors if target.startswith("#") else (ROOT / target).exists(), target

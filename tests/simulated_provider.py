@@ -166,6 +166,7 @@ async def send_all(
         for attempt in range(attempts):
             if not slots.acquire_nowait(1):
                 await slots.acquire(1, first=attempt > 0)
+            stir()
             began = anyio.current_time()
             status, headers, retry_after = await provider.answer(prompt)
             if provider.headers:
@@ -179,16 +180,28 @@ async def send_all(
             await anyio.sleep(retry_after or 0)
         return False
 
-    async def work() -> None:
-        nonlocal lost
-        for prompt in numbers:
-            if not await one(prompt):
-                lost += 1
+    running = 0
+
+    def stir() -> None:
+        # As map() does it: one prompt more than there are slots, so that an adaptive limit can grow.
+        nonlocal running
+        while running < min(tasks, slots.limit + slots.can_grow):
+            prompt = next(numbers, None)
+            if prompt is None:
+                break
+            running += 1
+            group.start_soon(work, prompt)
+
+    async def work(prompt: int) -> None:
+        nonlocal lost, running
+        if not await one(prompt):
+            lost += 1
+        running -= 1
+        stir()
 
     began = anyio.current_time()
     async with anyio.create_task_group() as group:
-        for _ in range(min(tasks, prompts)):
-            group.start_soon(work)
+        stir()
     seconds = anyio.current_time() - began
     assert slots.in_use == 0
     return Report(

@@ -30,6 +30,9 @@ PROVEN_FACTOR = 4
 WORTHWHILE = 1.3
 #: Answers needed for such a judgement.
 ENOUGH_ANSWERS = 10
+#: Seconds without anybody waiting after which the limit counts as not used up: until then the next one may
+#: only be on its way.
+STILL_PRESSED_SECONDS = 0.03
 #: Share of a number in flight that was refused, to which the limit falls.
 CUT = 0.9
 #: Seconds until a limit that is known is tried again, at first and at most.
@@ -63,6 +66,7 @@ class AdaptiveLimit:
         self._levels = [_Level(self._size, now)]
         self._proven = 0.0
         self._pressed_at: float | None = None
+        self._relaxed_at: float | None = None
         self._suspect: float | None = None
         self._slow = False
         self._retry_at = 0.0
@@ -74,6 +78,10 @@ class AdaptiveLimit:
         ceiling = self._ceiling()
         if since is None or self._size >= ceiling:
             return
+        if self._relaxed_at is not None:
+            if now - self._relaxed_at > STILL_PRESSED_SECONDS:
+                since = now
+            self._relaxed_at = None
         if not self._slow:
             # Capped, since one long wait says no more than a short one.
             self._resize(min(ceiling, self._size * math.exp(FAST_GROWTH * min(now - since, 0.25))), now)
@@ -81,9 +89,10 @@ class AdaptiveLimit:
             self._resize(min(ceiling, self._size + max(1.0, self._size * 0.05)), now)
             self._schedule_retry(now)
 
-    def relax(self) -> None:
+    def relax(self, now: float) -> None:
         """Nobody waits for the limit any more."""
-        self._pressed_at = None
+        if self._relaxed_at is None:
+            self._relaxed_at = now
 
     def next_growth(self, now: float) -> float:
         """Return when the limit will have grown by one, if it stays used up."""
@@ -91,7 +100,7 @@ class AdaptiveLimit:
             return math.inf
         if self._slow:
             return max(now, self._retry_at)
-        return now + max(0.01, math.log((self.limit + 1) / self._size) / FAST_GROWTH)
+        return now + max(0.005, math.log((self.limit + 1) / self._size) / FAST_GROWTH)
 
     def answered(self, now: float, seconds: float) -> None:
         """A request was answered that had taken so many seconds."""

@@ -79,6 +79,7 @@ class Cooldowns:
         self._sent: deque[float] = deque(maxlen=4096)
         self._sent_count = 0
         self._lone_at = -math.inf
+        self._lone_since = -math.inf
         self._lone_refusals = 0
         self._refused_count = 0
         self._refused_at: deque[float] = deque(maxlen=64)
@@ -188,8 +189,10 @@ class Cooldowns:
             if not self._at_once():
                 # Case 3.
                 if sent > self._lone_at and not self._strikes_at_random:
-                    self._lone_refusals = 1 if now - self._lone_at > LONE_SECONDS else self._lone_refusals + 1
-                    if self._lone_refusals > LONE_REFUSALS:
+                    if now - self._lone_at > LONE_SECONDS:
+                        self._lone_since, self._lone_refusals = now, 0
+                    self._lone_refusals += 1
+                    if self._lone_refusals > LONE_REFUSALS and now - self._lone_since > LONE_SECONDS:
                         # They go on however much slower it gets: the rate is not the reason.
                         self._lifted = 2
                         self._found.forget()
@@ -213,6 +216,8 @@ class Cooldowns:
         since = now - AT_ONCE_SECONDS
         if len(self._sent) >= ENOUGH_REQUESTS:
             since = min(since, self._sent[-ENOUGH_REQUESTS])
+        if self._pause is not None:
+            since = max(since, self._pause.until)
         refused = sum(1 for at in self._refused_at if at >= since)
         least, share = AT_ONCE, AT_ONCE_SHARE
         if self._strikes_at_random:

@@ -15,6 +15,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import logging
+from contextvars import ContextVar
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Literal
@@ -266,6 +268,13 @@ class Attempt:
             raise _GaveUp(retrying.last_error) from None
 
 
+#: Set while stamina waits for us. It logs each retry of each prompt, where a bulk job has one cooldown for
+#: all; its hooks for metrics are told as ever.
+_quiet: ContextVar[bool] = ContextVar("datasette_llm_quiet", default=False)
+
+logging.getLogger("stamina").addFilter(lambda record: not _quiet.get())
+
+
 class _GaveUp(Exception):
     """Carries the provider's error out of a wait: it is not retried, and raised as it was."""
 
@@ -333,11 +342,14 @@ class _Retrying:
 
     # An iterator, not an async generator: a body that returns would leave that one to the garbage collector.
     async def __anext__(self) -> Attempt:
+        token = _quiet.set(True)
         try:
             inner = await self._turns.__anext__()
         except _GaveUp as gave_up:
             self.note(gave_up.error, self._gave_up())
             raise gave_up.error from None
+        finally:
+            _quiet.reset(token)
         if inner.num > 1 and self.on_retry is not None:
             self.on_retry()
         return Attempt(self, inner)

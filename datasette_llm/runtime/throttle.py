@@ -374,7 +374,7 @@ class Throttle:
             blocked = lane.in_use < lane.limit
             lane.note_blocked(now, blocked=blocked and bool(lane.waiters))
             if lane.adaptive is not None and (blocked or not lane.waiters):
-                lane.adaptive.relax()
+                lane.adaptive.relax(now)
         self._queues = [lane for lane in self._queues if lane.waiters]
         if self._leader is not None and self._leader.scope is not None and not self._leader.granted:
             self._leader.scope.deadline = self._next_opening(now)

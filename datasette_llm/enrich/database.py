@@ -57,6 +57,11 @@ async def read(database: Any, function: Callable[[sqlite3.Connection], T]) -> T:
     return cast("T", await call(database.execute_fn, function))
 
 
+async def recover(database: Any) -> None:
+    """Have SQLite undo what a killed program left half written: only a connection that may write can."""
+    await write(database, lambda conn: conn.execute("select count(*) from sqlite_master").fetchone())
+
+
 async def write(
     database: Any, function: Callable[[sqlite3.Connection], T], *, patience_seconds: float = LOCKED_SECONDS
 ) -> T:

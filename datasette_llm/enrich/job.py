@@ -39,8 +39,11 @@ if TYPE_CHECKING:
     from .report import EnrichProgress, StopReason
     from .selection import Row
     from .spec import JobSpec
+    from .writer import Outcome
 
 PROGRESS_SECONDS = 0.25
+# Prompts in flight at the deadline are completed; one that hangs must not keep the job for ever.
+DEADLINE_GRACE_SECONDS = 60.0
 # How long the rows left are counted after an early end, while somebody waits for the prompt.
 RECOUNT_SECONDS = 2.0
 
@@ -63,6 +66,7 @@ class EnrichJob:
         spec: JobSpec,
         *,
         on_progress: Callable[[EnrichProgress], Any] | None = None,
+        on_settled: Callable[[Outcome], None] | None = None,
         open_group: Callable[[JobSpec], AbstractAsyncContextManager[Any]] | None = None,
     ) -> None:
         """Prepare a job.
@@ -71,11 +75,13 @@ class EnrichJob:
             datasette: the Datasette that has the database.
             spec: what to do.
             on_progress: called a few times a second, and once at the end; may be async.
+            on_settled: called with what each transaction did.
             open_group: opens the group that runs the prompts; `LLM.group` unless a test has its own.
         """
         self._datasette = datasette
         self._spec = spec
         self._on_progress = on_progress
+        self._on_settled = on_settled
         self._open_group = open_group or self._open_llm_group
         self._ledger = Ledger(spec)
         self._prompting: anyio.CancelScope | None = None
@@ -112,6 +118,10 @@ class EnrichJob:
         """
         ledger = self._ledger
         ledger.began = anyio.current_time()
+        if self._spec.deadline is not None:
+            ledger.cancel_at = min(
+                ledger.cancel_at, ledger.began + self._spec.deadline + DEADLINE_GRACE_SECONDS
+            )
         async with open_side():
             plan = await make_plan(self._datasette, self._spec)
             columns = tuple(output.name for output in plan.outputs.columns)
@@ -140,11 +150,13 @@ class EnrichJob:
                         report.model = model.model_id
                         self._spec.check_model(model, plan.schema)
                         plan = await plan.with_columns()
-                        writer = Writer(plan, model.model_id, partial(ledger.settle, report))
+                        writer = Writer(plan, model.model_id, partial(self._settle, report))
                         tasks.start_soon(_run_then_set, writer, written)
                         tasks.start_soon(self._keep_counting, plan, report)
                         tasks.start_soon(self._keep_reporting, report)
                         await self._take_answers(model, plan, writer)
+                if self._prompting.cancelled_caught:
+                    ledger.stopping = ledger.stopping or "deadline"
                 if writer is not None:
                     writer.close()
                     await written.wait()
@@ -187,6 +199,11 @@ class EnrichJob:
                     await writer.add(self._failure(row, error, attempts=0))
                 else:
                     yield _Work(row, prompt)
+
+    def _settle(self, report: EnrichReport, outcome: Outcome) -> None:
+        self._ledger.settle(report, outcome)
+        if self._on_settled is not None:
+            self._on_settled(outcome)
 
     def _failure(self, row: Row, error: Exception, *, attempts: int) -> Result:
         ledger = self._ledger

@@ -67,7 +67,12 @@ def _lock_file(database: Path, table: str, column: str) -> Iterator[None]:
     digest = hashlib.sha256(f"{table.lower()}\0{column.lower()}".encode()).hexdigest()[:12]
     path = database.with_name(f"{database.name}-llm-{digest}.lock")
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            _warn_of_no_lock(error)
+            yield
+            return
         try:
             locked = _try_lock(descriptor)
             if not locked:
@@ -117,9 +122,13 @@ def _try_lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        # Some network file systems have no locks; a job there is better than none.
-        logger.warning("No lock against a second job on the same column: %s", error)
+        _warn_of_no_lock(error)
     return True
+
+
+def _warn_of_no_lock(error: OSError) -> None:
+    # Some network file systems have no locks, some directories take no files: better a job than none.
+    logger.warning("Nothing keeps a second job from the same column: %s", error)
 
 
 def _write_holder(descriptor: int, table: str, column: str) -> None:

@@ -11,11 +11,11 @@ from .selection import FIRST_PAGE_ROWS, PAGE_ROWS
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from .selection import FailedSelection, Row, Selection
+    from .selection import Row, Source
     from .table import SQLValue
 
 
-async def read_rows(database: Any, source: Selection | FailedSelection) -> AsyncGenerator[Row, None]:
+async def read_rows(database: Any, source: Source) -> AsyncGenerator[Row, None]:
     """Yield the rows in the order of their keys. Nothing is held open between two of them."""
     after: tuple[SQLValue, ...] | None = None
     size = FIRST_PAGE_ROWS
@@ -28,13 +28,13 @@ async def read_rows(database: Any, source: Selection | FailedSelection) -> Async
         size = min(size * 3, PAGE_ROWS)
 
 
-async def first_rows(database: Any, source: Selection | FailedSelection, size: int) -> list[Row]:
+async def first_rows(database: Any, source: Source, size: int) -> list[Row]:
     """Return the first few rows."""
     rows, _ = await read(database, partial(source.page, after=None, size=size))
     return rows
 
 
-async def count_rows(database: Any, source: Selection | FailedSelection) -> int:
+async def count_rows(database: Any, source: Source) -> int:
     """Count the rows that are to do, in steps that are over soon."""
     total = 0
     after: tuple[SQLValue, ...] | None = None

@@ -6,18 +6,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .database import find_database, read, write
+from .database import find_database, read, recover, write
 from .errors import RowError
 from .outputs import Outputs
 from .pages import count_rows, first_rows
 from .schema import read_schema
-from .selection import FailedSelection, Selection
+from .selection import FailedSelection, NamedSelection, Selection
 from .table import read_table
 from .template import PromptTemplate
 
 if TYPE_CHECKING:
     from .report import EnrichReport
-    from .selection import Row
+    from .selection import Row, Source
     from .spec import JobSpec
     from .table import Table
 
@@ -41,9 +41,11 @@ class Plan:
     outputs: Outputs
 
     @property
-    def source(self) -> Selection | FailedSelection:
+    def source(self) -> Source:
         """The rows to ask about."""
-        rows = self.rows
+        rows, only = self.rows, self.spec.only
+        if only is not None:
+            return NamedSelection(rows, only.columns, only.keys)
         return FailedSelection(rows, self.outputs.label) if self.spec.retry_failed else rows
 
     @property
@@ -95,6 +97,7 @@ async def make_plan(datasette: Any, spec: JobSpec) -> Plan:
     """
     spec.check()
     database = find_database(datasette, spec.database)
+    await recover(database)
     table = await read(database, partial(read_table, name=spec.table))
     template = PromptTemplate(spec.prompt, table.column_names)
     schema = None if spec.schema is None else read_schema(spec.schema)

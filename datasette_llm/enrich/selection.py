@@ -8,11 +8,11 @@ they are big. Rows that are added behind the current key are for the next run.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from .errors import EnrichInputError
 from .failures import ERRORS_TABLE, has_errors_table, key_from_stored
-from .table import quote
+from .table import ROWID_NAMES, quote
 
 if TYPE_CHECKING:
     import sqlite3
@@ -126,6 +126,19 @@ class Selection:
         record = conn.execute(f"{self._select} {match} and {self.condition()}", tuple(key)).fetchone()
         return None if record is None else self._row(tuple(record))
 
+    def named(
+        self, conn: sqlite3.Connection, columns: Sequence[str], values: Sequence[SQLValue]
+    ) -> list[Row]:
+        """Return the rows that have these values and are still to be done: one, if the columns are a key."""
+        match = " and ".join(f"{self._named_column(column)} is ?" for column in columns)
+        found = conn.execute(f"{self._select} {match} and {self.condition()}", tuple(values))
+        return [self._row(tuple(record)) for record in found]
+
+    def _named_column(self, name: str) -> str:
+        if self.table.find_column(name) is None and name in ROWID_NAMES:
+            return f"{self.table.sql_name}.{name}"  # No declared column, so it must not be quoted.
+        return self.table.sql_column(name)
+
     def _beyond(self, after: tuple[SQLValue, ...] | None) -> tuple[str, tuple[SQLValue, ...]]:
         if after is None:
             return "1", ()
@@ -189,8 +202,50 @@ class FailedSelection:
         return rows, (last,) if len(records) == size else None
 
 
+@dataclass(frozen=True)
+class NamedSelection:
+    """Those rows of a selection that somebody else has named, such as one page of a table.
+
+    Attributes:
+        columns: the columns by whose values rows are named: those of the primary key, or the rowid.
+        keys: the values, one tuple a row.
+    """
+
+    rows: Selection
+    columns: tuple[str, ...]
+    keys: tuple[tuple[SQLValue, ...], ...]
+
+    def check(self, conn: sqlite3.Connection) -> None:
+        self.rows.check(conn)
+
+    def count(
+        self, conn: sqlite3.Connection, after: tuple[SQLValue, ...] | None
+    ) -> tuple[int, tuple[SQLValue, ...] | None]:
+        rows, last = self.page(conn, after)
+        return len(rows), last
+
+    def page(
+        self, conn: sqlite3.Connection, after: tuple[SQLValue, ...] | None, size: int = PAGE_ROWS
+    ) -> tuple[list[Row], tuple[SQLValue, ...] | None]:
+        """Like `Selection.page`; here ``after`` is how many of the keys have been looked at."""
+        begin = int(after[0] or 0) if after else 0
+        rows: list[Row] = []
+        held = 0
+        for position, key in enumerate(self.keys[begin : begin + size], begin + 1):
+            found = self.rows.named(conn, self.columns, key)
+            rows += found
+            held += sum(map(_size, found))
+            if held >= PAGE_BYTES and position < len(self.keys):
+                return rows, (position,)
+        end = begin + size
+        return rows, (end,) if end < len(self.keys) else None
+
+
 def _size(row: Row) -> int:
     return sum(len(value) for value in row.values.values() if isinstance(value, (str, bytes)))
+
+
+Source: TypeAlias = Selection | FailedSelection | NamedSelection
 
 
 def literal(value: SQLValue) -> str:

@@ -15,10 +15,29 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
+    from .table import SQLValue
+
+
+@dataclass(frozen=True)
+class NamedRows:
+    """Rows that somebody else has chosen.
+
+    Attributes:
+        columns: the columns that name a row: those of the primary key, or ``("rowid",)``.
+        keys: their values, one tuple a row.
+    """
+
+    columns: tuple[str, ...]
+    keys: tuple[tuple[SQLValue, ...], ...]
+
 
 @dataclass(frozen=True, kw_only=True)
 class JobSpec:
-    """What a job is asked to do; `datasette_llm.enrich` explains each of these."""
+    """What a job is asked to do; `datasette_llm.enrich` explains each of these.
+
+    Attributes:
+        only: the rows it is about, instead of all of the table.
+    """
 
     database: str
     table: str
@@ -40,6 +59,7 @@ class JobSpec:
     max_tokens_total: int | None = None
     deadline: float | None = None
     key: str | None = field(default=None, repr=False)
+    only: NamedRows | None = None
 
     def check(self) -> None:
         """Check what needs neither the database nor the model.

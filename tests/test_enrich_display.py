@@ -16,10 +16,17 @@ class Terminal(io.StringIO):
         return True
 
 
-def progress_of(done: int, total: int | None = 10_000, **more: int) -> EnrichProgress:
-    progress = EnrichProgress(total=total, done=done, elapsed=done / 100, **more)
-    progress.input_tokens = 30 * done
-    return progress
+def progress_of(
+    done: int, total: int | None = 10_000, *, failed: int = 0, retries: int = 0
+) -> EnrichProgress:
+    return EnrichProgress(
+        total=total,
+        done=done,
+        elapsed=done / 100,
+        failed=failed,
+        retries=retries,
+        input_tokens=30 * done,
+    )
 
 
 @pytest.mark.parametrize("columns", [200, 80, 60, 40, 20])

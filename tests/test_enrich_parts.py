@@ -1,0 +1,205 @@
+"""The small parts of enrichment, each alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+
+from datasette_llm.enrich import EnrichError, EnrichInputError, JobSpec, job, lock
+from datasette_llm.enrich.command import exit_code, go_on, run_job
+from datasette_llm.enrich.display import Silence
+from datasette_llm.enrich.failures import key_from_stored, stored_key
+from datasette_llm.enrich.outputs import Outputs
+from datasette_llm.enrich.report import EnrichReport, FailureKind
+from datasette_llm.enrich.selection import literal
+from datasette_llm.enrich.table import Column, Table, nearest
+
+from .enrich_tables import TableFile, fake_model
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TABLE = Table("t", (Column("id", "INTEGER", key_position=1), Column("n", "INTEGER")), ('"id"',), ("id",))
+
+
+@pytest.mark.parametrize(
+    "key", [(1,), ("a",), (b"\xff",), (None,), (1, "a"), ("é", 2.5, b"\x00\xff"), (None, "[1]")]
+)
+def test_keys_are_kept_and_found_again(key: tuple[Any, ...]) -> None:
+    assert key_from_stored(stored_key(key), len(key)) == key
+
+
+@pytest.mark.parametrize("stored", ["no json", "[1]", "{}", None, 5])
+def test_a_key_of_another_shape_is_no_key(stored: Any) -> None:
+    assert key_from_stored(stored, 2) is None
+
+
+@pytest.mark.parametrize("value", [None, 5, -2.5, "it's", "nul\x00l", b"\x00\xff", 1e300, "é🙂"])
+def test_literals_are_what_sqlite_reads(value: Any) -> None:
+    [(read,)] = sqlite3.connect(":memory:").execute(f"select {literal(value)}")
+    assert read == value
+
+
+def test_outputs_that_clash_or_say_nothing() -> None:
+    with pytest.raises(EnrichInputError, match="share the column 'A'"):
+        Outputs(TABLE, "A", {"properties": {"a": {}}})
+    outputs = Outputs(TABLE, None, {"properties": {"a": {"type": ["string", "null"]}}})
+    with pytest.raises(ValueError, match="no value for any column"):
+        outputs.parse('{"a": null}')
+    outputs = Outputs(TABLE, None, {"properties": {"a": {"type": "integer"}}})
+    with pytest.raises(ValueError, match="SQLite cannot hold"):
+        outputs.parse('{"a": 99999999999999999999}')
+
+
+def test_names_that_are_near() -> None:
+    assert nearest("x", []) == "there are: none"
+    assert nearest("zz", [f"name{n}" for n in range(20)]).endswith("'name11' and 8 more")
+
+
+def test_exit_codes_and_the_command_to_go_on_with() -> None:
+    report = EnrichReport("data", "t", ("a",))
+    assert exit_code(report) == 0
+    report.failed = 1
+    assert exit_code(report) == 1
+    report.stopped = "SIGTERM"
+    assert exit_code(report) == 143
+    report.resume_where = "id > 7"
+    options = [("--overwrite", None), ("--where", "id > 1"), ("--model", "m")]
+    assert go_on(report, ["d b", "t", "p"], options) == (
+        "datasette llm enrich 'd b' t p --overwrite --model m --where 'id > 7'"
+    )
+
+
+def test_a_long_report_is_kept_readable() -> None:
+    report = EnrichReport("data", "t", ("a",), model="m", written=3, failed=1, retries=2, cancelled=4)
+    report.failures = [FailureKind("ValueError", 1, "long " * 100, (b"\xff", 1))]
+    text = report.summary()
+    assert "4 prompts in flight were cancelled" in text
+    assert "2 retries" in text
+    assert max(len(line) for line in text.splitlines()) < 300
+    assert report.as_dict()["failures"][0]["pk"] == ["ff", 1]
+    report = EnrichReport("data", "t", ("a",), dry_run=True, total=1, prompts=["x" * 5_000])
+    assert "(5,000 characters)" in report.summary()
+
+
+@pytest.mark.real_clock
+async def test_a_dry_run_says_which_of_the_first_rows_would_fail(tmp_path: Path) -> None:
+    file = TableFile(tmp_path, "create table t (body)", "insert into t values (null)")
+    with fake_model():
+        report = await file.enrich("t", "{{ body }}", column="answer", dry_run=True)
+    assert report.prompts == [
+        "(row 1 would fail: the prompt is empty for this row, so there is nothing to send)"
+    ]
+    file.close()
+
+
+@pytest.mark.real_clock
+async def test_an_immutable_database_is_refused(tmp_path: Path) -> None:
+    from datasette.app import Datasette
+
+    from datasette_llm import enrich
+
+    file = TableFile(tmp_path, "create table t (body)")
+    datasette = Datasette([], immutables=[file.path])
+    with pytest.raises(EnrichInputError, match="immutable"):
+        await enrich(datasette, "data", "t", "{{ body }}", column="a")
+    datasette.close()
+
+
+@pytest.mark.real_clock
+async def test_what_a_killed_program_left_half_written_is_undone_first(tmp_path: Path) -> None:
+    file = TableFile(tmp_path, "create table t (body, filler)")
+    file.run_many("insert into t values (?, ?)", [(f"row {n}", "x" * 4_000) for n in range(50)])
+    script = (
+        "import os, signal, sqlite3, sys; conn = sqlite3.connect(sys.argv[1]);"
+        "conn.execute('pragma cache_size = 1');"
+        "conn.execute('update t set body = null'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", script, file.path], check=False)  # noqa: ASYNC221 - over at once
+    assert (tmp_path / "data.db-journal").exists()
+    with fake_model():
+        report = await file.enrich("t", "{{ body }}", column="answer")
+    assert report.written == 50
+    file.close()
+
+
+@pytest.mark.real_clock
+async def test_a_table_that_is_dropped_meanwhile_ends_the_job_clearly(tmp_path: Path) -> None:
+    file = TableFile(tmp_path, "create table t (body, answer)", "insert into t(body) values ('a')")
+
+    async def answer(prompt: str) -> Any:
+        file.run("drop table t")
+        yield "too late"
+
+    with (
+        fake_model(answer),
+        pytest.raises(EnrichError, match=r"cannot be written: no such table: (main\.)?t"),
+    ):
+        await file.enrich("t", "{{ body }}", column="answer")
+    file.close()
+
+
+@pytest.mark.real_clock
+async def test_a_prompt_that_hangs_does_not_outlive_the_deadline_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "DEADLINE_GRACE_SECONDS", 0.1)
+    file = TableFile(tmp_path, "create table t (body)", "insert into t values ('a')")
+
+    async def answer(prompt: str) -> Any:
+        await anyio.sleep_forever()
+        yield ""
+
+    with fake_model(answer):
+        report = await file.enrich("t", "{{ body }}", column="answer", deadline=0.1)
+    assert (report.stopped, report.written, report.cancelled) == ("deadline", 0, 1)
+    file.close()
+
+
+@pytest.mark.real_clock
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_the_first_signal_stops_the_job(number: signal.Signals, tmp_path: Path) -> None:
+    file = TableFile(tmp_path, "create table t (body)")
+    file.run_many("insert into t values (?)", [(f"row {n}",) for n in range(50)])
+
+    async def answer(prompt: str) -> Any:
+        if prompt == "row 5":
+            os.kill(os.getpid(), number)
+            await anyio.sleep(0.05)
+        yield prompt
+
+    spec = JobSpec(database="", table="t", prompt="{{ body }}", column="answer", model="fake", concurrency=2)
+    notes: list[str] = []
+
+    class Notes(Silence):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    with fake_model(answer):
+        report = await run_job(file.datasette, spec, Notes(sys.stderr))
+    assert report.stopped == number.name
+    assert 6 <= report.written < 50
+    assert "prompts in flight" in notes[0]
+
+
+def test_where_no_lock_can_be_had_the_job_is_warned(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Database:
+        path = str(tmp_path / "data.db")
+
+    def refuse(*args: Any) -> int:
+        raise PermissionError("read-only directory")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with caplog.at_level(logging.WARNING), lock.only_job(Database(), "t", ["a"]):
+        pass
+    assert "Nothing keeps a second job" in caplog.text

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
+
+from .datasette_side import backend
+from .loops import LoopDoor
 
 if TYPE_CHECKING:
     import llm
@@ -51,16 +56,29 @@ class Supervisor:
         self.counters = Counters()
         self.grace_seconds = grace_seconds
         self._tasks: TaskGroup | None = None
+        self._backend = backend()
+        self._door = LoopDoor()
         self._live: dict[SupervisedTask, None] = {}
         self._cancelled = False
         self._winding_down = False
         self._idle: anyio.Event | None = None
 
     def start(self, task: SupervisedTask) -> None:
-        """Run a task as a child of this supervisor. Returns at once."""
-        assert self._tasks is not None
+        """Run a task as a child of this supervisor, in the caller's context. Returns at once."""
         self.adopt(task)
-        self._tasks.start_soon(task.run)
+        if backend() == self._backend:
+            self._spawn(task)
+        else:
+            # A plugin on the hosted asyncio loop prompts a group of trio's side.
+            self._door.call_soon(partial(copy_context().run, self._spawn, task))
+
+    def _spawn(self, task: SupervisedTask) -> None:
+        assert self._tasks is not None
+        try:
+            self._tasks.start_soon(task.run)
+        except RuntimeError:
+            # It has ended meanwhile.
+            task.never_ran()
 
     def adopt(self, task: SupervisedTask) -> None:
         """Count a task as live that its caller is about to run inside this supervisor's tasks."""

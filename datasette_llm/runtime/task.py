@@ -194,6 +194,11 @@ class SupervisedTask:
         if self._interruption is not None:
             raise self._interruption
 
+    def never_ran(self) -> None:
+        """End, because there is no supervisor any more to run it."""
+        self.supervisor.counters.waiting += 1
+        self._end(PromptCancelled("the owner of this prompt has ended"))
+
     async def _live(self) -> Exception | None:
         try:
             if self._turn is not None:
@@ -288,6 +293,7 @@ class SupervisedTask:
 
         Raises:
             PromptCancelled: it was interrupted, or failed because it was.
+            Exception: its own; also when the task was cancelled in the same moment.
         """
         self.check()
         scope = self._inner = CancelScope()
@@ -295,7 +301,7 @@ class SupervisedTask:
             with scope:
                 return await function()
         except Exception as error:
-            if self.cancelled:
+            if self.cancelled and _comes_of_cancellation(error):
                 raise PromptCancelled("the prompt was cancelled") from error
             raise
         except get_cancelled_exc_class() as stop:
@@ -380,6 +386,22 @@ def misplaced(stop: BaseException) -> RuntimeError:
     error = RuntimeError("asyncio code that a plugin or the model called cancelled the prompt's task")
     error.__cause__ = stop
     return error
+
+
+def _comes_of_cancellation(error: BaseException) -> bool:
+    """Whether an error was raised while a cancellation was handled, by a library that words it its way."""
+    stop = get_cancelled_exc_class()
+    pending: list[BaseException | None] = [error]
+    seen = set()
+    while pending:
+        found = pending.pop()
+        if found is None or id(found) in seen:
+            continue
+        if isinstance(found, stop):
+            return True
+        seen.add(id(found))
+        pending += [found.__cause__, found.__context__]
+    return False
 
 
 def _ends_program(error: BaseException) -> bool:

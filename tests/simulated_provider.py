@@ -35,6 +35,7 @@ class SimulatedProvider:
         headers: announces the bucket, ``"per minute"`` or by ``"capacity"``, ``"anthropic"`` or ``"window"``.
         retry_after: ``"exact"``, ``"ceiling"`` (whole seconds) or ``None``.
         random_refusals: share of the requests that get a 429 for no reason.
+        random_wait: the seconds these are told to wait.
     """
 
     rate: float = 0.0
@@ -47,6 +48,7 @@ class SimulatedProvider:
     headers: str | None = None
     retry_after: str | None = "ceiling"
     random_refusals: float = 0.0
+    random_wait: float = 1.0
     seed: int = 1
     running: int = 0
     peak: int = 0
@@ -70,7 +72,7 @@ class SimulatedProvider:
         if wait is None and self.in_flight and self.running >= self.in_flight:
             wait = self.latency
         if wait is None and self._random.random() < self.random_refusals:
-            wait = 1.0
+            wait = self.random_wait
         if wait is not None:
             self.refused += 1
             self.refused_at.append(anyio.current_time())

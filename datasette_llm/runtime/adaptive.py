@@ -35,6 +35,8 @@ ENOUGH_ANSWERS = 10
 STILL_PRESSED_SECONDS = 0.03
 #: Share of a number in flight that was refused, to which the limit falls.
 CUT = 0.9
+#: Refusals of single requests, at the same number in flight, that show that it is the reason.
+SAME_NUMBER = 3
 #: Seconds until a limit that is known is tried again, at first and at most.
 RETRY_LIMIT_SECONDS, RETRY_LIMIT_SECONDS_MAX = 5.0, 60.0
 
@@ -68,6 +70,8 @@ class AdaptiveLimit:
         self._pressed_at: float | None = None
         self._relaxed_at: float | None = None
         self._suspect: float | None = None
+        self._alone_at = self._alone = self._alone_cut = 0
+        self._by_chance = False
         self._slow = False
         self._retry_at = 0.0
         self._retry_seconds = RETRY_LIMIT_SECONDS
@@ -138,6 +142,25 @@ class AdaptiveLimit:
             self._suspect = level
             self._resize(min(self._size, level * CUT), now)
         return False
+
+    def refused_alone(self, now: float, accepted: int) -> None:
+        """One request was refused, and others were not: by chance, or because it was one too many."""
+        if self._by_chance or accepted < 0.9 * self.limit - 2:
+            return
+        if self._alone_cut and accepted < 0.96 * self._alone_cut - 1:
+            # With fewer it happens too, so it is not for their number.
+            self._by_chance = True
+            self._slow = False
+            return
+        if abs(accepted - self._alone_at) > 1 + 0.03 * accepted:
+            self._alone_at, self._alone = accepted, 0
+        self._alone += 1
+        if self._alone >= SAME_NUMBER:
+            self._alone = 0
+            self._alone_cut = accepted
+            self._resize(min(self._size, max(1.0, accepted * 0.97)), now)
+            self._slow = True
+            self._schedule_retry(now)
 
     def _ceiling(self) -> float:
         proven = max(UNPROVEN_FACTOR * self.bounds.start, PROVEN_FACTOR * self._proven)

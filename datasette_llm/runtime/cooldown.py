@@ -40,6 +40,8 @@ AT_ONCE_AT_RANDOM, AT_ONCE_AT_RANDOM_SHARE = 5, 0.2
 ENOUGH_REQUESTS = 20
 #: Lone refusals, each within so many seconds of the one before, after which they are taken to be random.
 LONE_REFUSALS, LONE_SECONDS = 6, 4.0
+#: So many requests without a refusal show that the last one was the only one.
+SINGLE_REFUSAL_REQUESTS = 30
 #: A gap in sending, in seconds, after which what was sent before does not count.
 IDLE_SECONDS = 5.0
 
@@ -63,13 +65,21 @@ class Cooldowns:
         most_seconds: no pause is longer, whatever the provider asks for.
         cut: told, when a pause is over, how many requests the provider was working on as it refused; says
             whether that is the reason for the refusal.
+        refused_alone: told how many there were when a single request was refused.
     """
 
-    def __init__(self, model_id: str, most_seconds: float, cut: Callable[[float, int], bool]) -> None:
+    def __init__(
+        self,
+        model_id: str,
+        most_seconds: float,
+        cut: Callable[[float, int], bool],
+        refused_alone: Callable[[float, int], None],
+    ) -> None:
         self.active = False
         self.most_seconds = most_seconds
         self._model_id = model_id
         self._cut = cut
+        self._refused_alone = refused_alone
         self._found = FoundRate()
         self._pause: _Pause | None = None
         self._trial: Bucket | None = None
@@ -80,6 +90,8 @@ class Cooldowns:
         self._sent_count = 0
         self._lone_at = -math.inf
         self._lone_since = -math.inf
+        # How many had been sent when a pause with one refusal only was over.
+        self._single_refusal_at = -math.inf
         self._lone_refusals = 0
         self._refused_count = 0
         self._refused_at: deque[float] = deque(maxlen=64)
@@ -188,6 +200,8 @@ class Cooldowns:
                 self._refused_at.append(now)
             if not self._at_once():
                 # Case 3.
+                if sent > self._lone_at:
+                    self._refused_alone(now, in_flight)
                 if sent > self._lone_at and not self._strikes_at_random:
                     if now - self._lone_at > LONE_SECONDS:
                         self._lone_since, self._lone_refusals = now, 0
@@ -229,7 +243,7 @@ class Cooldowns:
 
     def _end(self, pause: _Pause, now: float) -> None:
         pause.ended = True
-        self._lifted = 0
+        lifted, self._lifted = self._lifted, 0
         accepted = self._sent_count - self._refused_count
         since_last = accepted - self._accepted_at_pause
         self._accepted_at_pause = accepted
@@ -239,6 +253,16 @@ class Cooldowns:
             # Nothing at all passes: let in one at a time, until one is answered.
             self._refused_in_a_row += 1
             self._trial = Bucket(1.0, 1.0, 1.0, now)
+        if pause.refused == 1:
+            self._refused_alone(now, pause.in_flight)
+            apart = self._sent_count - self._single_refusal_at
+            self._single_refusal_at = self._sent_count
+            if SINGLE_REFUSAL_REQUESTS < apart < math.inf:
+                # Were there a limit on rate or number, the second would have come soon after the first.
+                self._lifted = lifted + 1
+                self._found.forget()
+                self._log_end()
+                return
         if self._cut(now, max(0, pause.in_flight - (pause.refused - 1))):
             self._found.forget()
         else:

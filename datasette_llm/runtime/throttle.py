@@ -173,7 +173,7 @@ class Throttle:
         self.throttled_seconds = 0.0
         self._fixed_requests, self._fixed_tokens = fixed_buckets(settings.rate_limit, self._now())
         self._announced = AnnouncedLimits()
-        self._cooldowns = Cooldowns(model_id, settings.retries.timeout, self._cut)
+        self._cooldowns = Cooldowns(model_id, settings.retries.timeout, self._cut, self._refused_alone)
         self._adaptive_lanes: dict[ConcurrencyBounds, _Lane] = {}
         # Whether anything but the lanes can make somebody wait.
         self._paced = self._fixed_requests is not None or self._fixed_tokens is not None
@@ -295,6 +295,11 @@ class Throttle:
             if lane.adaptive is not None and lane.adaptive.refused(now, accepted):
                 for_number = True
         return for_number
+
+    def _refused_alone(self, now: float, accepted: int) -> None:
+        for lane in self._adaptive_lanes.values():
+            if lane.adaptive is not None:
+                lane.adaptive.refused_alone(now, accepted)
 
     async def _wait(self, waiter: _Waiter, *, first: bool) -> None:
         """Wait in the queue until somebody lets this waiter start."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -65,8 +65,9 @@ class FakeModel(llm.AsyncModel):
             if self.script is None:
                 yield prompt.prompt
             else:
-                async for chunk in self.script(prompt.prompt):
-                    yield chunk
+                async with aclosing(self.script(prompt.prompt)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
             response.set_usage(input=len(prompt.prompt.split()), output=1)
         finally:
             counts["running"] -= 1

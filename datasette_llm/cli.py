@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import traceback
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -166,8 +167,12 @@ def enrich_command(
     to go on with is shown. A second Ctrl-C stops at once.
 
     \b
-    Exit codes: 0 all is done (or the deadline or the tokens were reached), 1 rows failed or the job
-    could not go on, 2 the command cannot be run as it is, 130 Ctrl-C, 143 SIGTERM.
+    Exit codes:
+      0    all is done, or the deadline or the number of tokens was reached
+      1    rows failed, or the job could not go on
+      2    the command cannot be run as it is: nothing was sent
+      130  stopped by Ctrl-C
+      143  stopped by SIGTERM
     """
     from .enrich.command import exit_code, go_on
     from .enrich.display import open_display
@@ -272,8 +277,6 @@ def purposes_command(as_json: bool, config: str | None, internal: str | None) ->
             f"{purpose['name']}  ({model})"
             + (f"  {purpose['description']}" if purpose["description"] else "")
         )
-    if not found:
-        click.echo("No installed plugin has registered a purpose.", err=True)
 
 
 @llm_group.command(name="demo")
@@ -314,6 +317,14 @@ def _run_job(make_datasette: Callable[[], Any], spec: JobSpec, display: Any, bac
         return report
     except EnrichError as error:
         raise click.ClickException(str(error)) from error
+    except (click.ClickException, SystemExit):
+        raise
+    except Exception as error:  # Of a plugin that takes part, say: not a row's, and not foreseen here.
+        *_, frame = traceback.extract_tb(error.__traceback__)
+        raise click.ClickException(
+            f"{type(error).__name__}: {error}\n(raised in {frame.filename}, line {frame.lineno}; "
+            "what was answered before is written, and the same command goes on from there)"
+        ) from error
     finally:
         display.close()
 

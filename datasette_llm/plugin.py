@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pluggy import HookimplMarker
 
 from .hookspecs import plugin_manager
+from .purposes import Purpose
 
 if TYPE_CHECKING:
     import click
@@ -52,3 +53,29 @@ def register_commands(cli: click.Group) -> None:
     from .cli import register
 
     register(cli)
+
+
+@hookimpl(trylast=True)
+def register_llm_purposes(datasette: Datasette) -> list[Purpose]:
+    """Name what our own prompts are for."""
+    return [Purpose("enrichments", "Fill columns of a table with answers to a prompt about each row")]
+
+
+@hookimpl(optionalhook=True)  # A hook of datasette-enrichments.
+def register_enrichments(datasette: Datasette) -> list[Any]:
+    """Offer bulk enrichment in the table's own page."""
+    from .enrich_page.routes import enrichments
+
+    return enrichments()
+
+
+@hookimpl(tryfirst=True)
+def register_routes(datasette: Datasette) -> list[Any]:
+    """Check permissions in front of datasette-enrichments' pages, if there are any."""
+    from .enrich_page import is_possible
+
+    if not is_possible():
+        return []
+    from .enrich_page.routes import routes
+
+    return routes()

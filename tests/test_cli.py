@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from click.testing import CliRunner, Result
 from datasette.cli import cli
+from pluggy import HookimplMarker
 
 from datasette_llm import Purpose
 from datasette_llm.enrich import demo
@@ -130,6 +131,24 @@ def test_what_cannot_be_run_exits_2(arguments: list[str], message: str, file: Ta
     assert "Traceback" not in result.output
 
 
+def test_a_plugin_that_breaks_is_named_without_a_traceback(file: TableFile) -> None:
+    class Plugin:
+        __name__ = "broken"
+
+        @staticmethod
+        def llm_filter_models() -> list[Any]:
+            raise RuntimeError("the price list is away")
+
+    HookimplMarker("datasette")(Plugin.llm_filter_models)
+    plugin_manager().register(Plugin())
+    with fake_model():
+        result = run_enrich(file, "--column", "answer")
+    assert result.exit_code == 1
+    assert "RuntimeError: the price list is away" in result.stderr
+    assert "test_cli.py, line" in result.stderr
+    assert isinstance(result.exception, SystemExit)
+
+
 def test_configuration_problems_exit_2(file: TableFile, tmp_path: Path) -> None:
     config = tmp_path / "datasette.yaml"
     with fake_model():
@@ -185,8 +204,6 @@ def test_models_and_purposes(tmp_path: Path) -> None:
         def register_llm_purposes() -> list[Purpose]:
             return [Purpose("sorting", "Sort things")]
 
-    from pluggy import HookimplMarker
-
     HookimplMarker("datasette")(Plugin.register_llm_purposes)
     config = tmp_path / "datasette.yaml"
     config.write_text(
@@ -200,17 +217,17 @@ def test_models_and_purposes(tmp_path: Path) -> None:
         purposes_json = run("purposes", "--json")
     assert models.stdout == "second  (default)\nfake\n"
     assert [model["model_id"] for model in json.loads(as_json.stdout)] == ["fake", "second"]
-    assert purposes.stdout == "sorting  (second)  Sort things\n"
-    assert json.loads(purposes_json.stdout) == [
-        {"name": "sorting", "description": "Sort things", "model": None}
-    ]
+    assert purposes.stdout.splitlines()[0] == "sorting  (second)  Sort things"
+    assert purposes.stdout.splitlines()[1].startswith("enrichments  (no default model)  ")
+    sorting, ours = json.loads(purposes_json.stdout)
+    assert sorting == {"name": "sorting", "description": "Sort things", "model": None}
+    assert ours["name"] == "enrichments"
 
 
-def test_no_models_and_no_purposes_say_so(tmp_path: Path) -> None:
+def test_no_models_say_so(tmp_path: Path) -> None:
     config = tmp_path / "datasette.yaml"
     config.write_text("plugins: {datasette-llm: {models: []}}")
     assert "No model can be used" in run("models", "--config", str(config)).stderr
-    assert "No installed plugin" in run("purposes").stderr
 
 
 @pytest.mark.parametrize("with_airports", [True, False])
@@ -227,8 +244,6 @@ def test_demo_enriches_its_table_and_then_has_nothing_left(
         @staticmethod
         def llm_filter_models() -> list[Any]:
             return []
-
-    from pluggy import HookimplMarker
 
     HookimplMarker("datasette")(Policy.llm_filter_models)
     plugin_manager().register(Policy(), name="strict-policy")

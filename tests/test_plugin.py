@@ -9,11 +9,13 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from datasette.app import Datasette
 from datasette.plugins import pm
 from datasette.utils import StartupError
 
 from datasette_llm import Purpose, get_purposes
 from datasette_llm.hookspecs import plugin_manager
+from datasette_llm.plugin import register_llm_purposes
 from datasette_llm.runtime import datasette_side
 
 from .fakes import FakeModel, registered
@@ -128,6 +130,13 @@ def test_commands_are_registered() -> None:
 
 # Purposes.
 
+(OUR_PURPOSE,) = register_llm_purposes(Datasette())
+
+
+def test_others_may_describe_our_purpose() -> None:
+    with hooked(register_llm_purposes=lambda: [Purpose("enrichments", "theirs")]):
+        assert get_purposes(datasette_with()) == [Purpose("enrichments", "theirs")]
+
 
 def test_purposes_are_listed_and_the_first_registration_wins() -> None:
     # pluggy asks the plugin that was registered last first.
@@ -141,6 +150,7 @@ def test_purposes_are_listed_and_the_first_registration_wins() -> None:
         ("a", "first"),
         ("b", "B"),
         ("c", "C"),
+        ("enrichments", OUR_PURPOSE.description),
     ]
 
 
@@ -154,7 +164,7 @@ def test_junk_among_purposes_is_left_out_with_a_warning(junk: Any, caplog: pytes
         hooked(register_llm_purposes=lambda: junk() if callable(junk) else junk),
         hooked(register_llm_purposes=lambda: Purpose("alone")),
     ):
-        assert get_purposes(datasette_with()) == [Purpose("alone")]
+        assert get_purposes(datasette_with()) == [Purpose("alone"), OUR_PURPOSE]
     assert "register_llm_purposes: left out" in caplog.text
 
 
@@ -186,4 +196,4 @@ def test_plugins_that_import_from_this_package_when_loaded(tmp_path: Path) -> No
         done = subprocess.run(
             [sys.executable, "-c", script], env=environ, capture_output=True, text=True, check=False
         )
-        assert done.stdout == "['eager']\n", (first, done.stderr)
+        assert done.stdout == "['eager', 'enrichments']\n", (first, done.stderr)

@@ -195,7 +195,9 @@ def _refuse_underscore(name: object, line: int) -> None:
 
 
 def _unknown_column(name: str, columns: Sequence[str]) -> EnrichInputError:
+    known = nearest(name, columns, what="the columns are")
+    hint = "" if "row" in name else 'Write a name with spaces or signs as {{ row["..."] }}'
+    end = " " if known.endswith("?") else ". "
     return EnrichInputError(
-        f"The prompt uses {name!r}, which is no column: {nearest(name, columns, what='the columns are')}"
-        + ('. Write a name with spaces or signs as {{ row["..."] }}' if "row" not in name else "")
+        f"The prompt uses {name!r}, which is no column: {known}" + (end + hint if hint else "")
     )

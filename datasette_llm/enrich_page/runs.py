@@ -1,0 +1,67 @@
+"""Which run of a job is the one that counts, and what it has done of its batch.
+
+datasette-enrichments runs a job as a loop over batches, and looks at the job's status between them. A
+person who pauses and resumes within one batch so gets a second loop beside the first. Here a job has one
+*newest* run; an older one stops where it is, and only one works at a time.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import anyio
+
+if TYPE_CHECKING:
+    from ..enrich.table import SQLValue
+
+
+@dataclass(eq=False)
+class Job:
+    """What this process knows of one job.
+
+    Attributes:
+        newest: the run that was started last.
+        working: held while a batch is under way.
+        written: keys of rows written in a batch that was broken off, which is run again on resuming.
+    """
+
+    newest: Run | None = None
+    working: anyio.Lock = field(default_factory=anyio.Lock)
+    written: set[tuple[SQLValue, ...]] = field(default_factory=set)
+
+
+@dataclass(eq=False, frozen=True)
+class Run:
+    """One loop over the batches of a job."""
+
+    job: Job
+
+    @property
+    def is_newest(self) -> bool:
+        return self.job.newest is self
+
+
+_jobs: WeakKeyDictionary[Any, dict[tuple[str, int], Job]] = WeakKeyDictionary()
+_run: ContextVar[Run | None] = ContextVar("datasette_llm_enrich_run", default=None)
+
+
+def begin_run(datasette: Any, database: str, job_id: int) -> None:
+    """Make a new run of this job the newest; tasks started from here on belong to it."""
+    job = _jobs.setdefault(datasette, {}).setdefault((database, job_id), Job())
+    job.newest = Run(job)
+    _run.set(job.newest)
+
+
+def current_run() -> Run:
+    """Return the run that this task belongs to."""
+    return _run.get() or _lone_run()
+
+
+def _lone_run() -> Run:
+    # A batch run by somebody who started no job.
+    job = Job()
+    job.newest = Run(job)
+    return job.newest

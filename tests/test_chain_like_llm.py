@@ -297,6 +297,7 @@ SCENARIOS: dict[str, Scenario] = {
         ],
         "double",
     ),
+    "a space of its own": Scenario([["a", call("double", "1", x=1)], [" b"]], "double"),
     "reasoning": Scenario(
         [
             [

@@ -94,6 +94,9 @@ def main() -> int:
     scenarios = all_scenarios(quick=arguments.quick)
     backends = ("asyncio", "trio") if arguments.backend == "all" else (arguments.backend,)
 
+    busy = os.getloadavg()[0]
+    if busy > 0.5:
+        report.log(f"This machine is busy (load {busy:.1f}): wall times will be longer, CPU times somewhat.")
     outcomes = []
     with running_server() as server, measuring() as run:
         for backend in backends:

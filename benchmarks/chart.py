@@ -56,7 +56,8 @@ def chart(outcomes: list[Outcome]) -> str:
             drawn += [
                 f'<text x="{LEFT - 10}" y="{y + 13}" text-anchor="end">{escape(label)}</text>',
                 _bar("ours" if ours else "other", y, width),
-                f'<text x="{LEFT + width + 6:.1f}" y="{y + 13}">{figure}</text>',
+                # Beside the bar, and beside the dashed line where the bar ends before it.
+                f'<text x="{LEFT + max(width, scale) + 6:.1f}" y="{y + 13}">{figure}</text>',
             ]
             y += BAR + GAP
         ideal = LEFT + scale

@@ -26,4 +26,4 @@ def provider_server(**settings: Any) -> Iterator[Server]:
 
 def openai_model(server: Server, model_id: str = "local", key: str = "sk-test") -> Any:
     """Return llm's own OpenAI model, talking to this server (register it with ``registered()``)."""
-    return AsyncChat(model_id, model_name="bench", api_base=server.url, key=key)  # type: ignore[no-untyped-call]
+    return AsyncChat(model_id, model_name="bench", api_base=server.url, key=key)

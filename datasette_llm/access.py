@@ -205,6 +205,7 @@ async def _ask_filters(
 ) -> tuple[str, ...]:
     models = [plan.snapshot.for_hooks[model_id] for model_id in plan.ids]
     token = _filtering.set(True)
+    answers: list[Any] = []
     try:
         answers = caller(datasette=datasette, models=models, actor=actor, purpose=purpose)
         ids = plan.ids

@@ -55,6 +55,7 @@ class SimulatedProvider:
     requests: int = 0
     refused: int = 0
     answered: Counter[int] = field(default_factory=Counter)
+    received_at: list[float] = field(default_factory=list)
     refused_at: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -67,6 +68,7 @@ class SimulatedProvider:
         """Answer one request: status, headers, retry-after."""
         await anyio.sleep(self.round_trip * (0.25 + 0.5 * self._random.random()))
         self.requests += 1
+        self.received_at.append(anyio.current_time())
         wait = self._take()
         headers = self._announce() if self.headers else {}
         if wait is None and self.in_flight and self.running >= self.in_flight:

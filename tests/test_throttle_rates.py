@@ -1,0 +1,131 @@
+"""Bulk jobs against simulated providers: how long they take and how much is refused, on virtual time.
+
+The figures are the package's promises: nothing tuned, 1,500 prompts, a limit that needs 4, 20 or 150
+requests in flight; at most 1 % refused where limits are announced and 3 % where not.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from datasette_llm.runtime.announced import seconds_until
+from datasette_llm.runtime.policy import ConcurrencyBounds
+
+from .simulated_provider import SimulatedProvider, send_all
+
+#: Seconds an answer takes: with 100 requests a second, 4, 20 and 150 of them are in flight.
+LATENCIES = [0.04, 0.2, 1.5]
+
+
+@pytest.mark.parametrize("latency", LATENCIES)
+@pytest.mark.parametrize("headers", ["per minute", "capacity"])
+async def test_an_announced_limit(latency: float, headers: str) -> None:
+    provider = SimulatedProvider(rate=100, burst=100, latency=latency, headers=headers)
+    report = await send_all(provider, 1500)
+    assert report.lost == 0
+    assert report.seconds <= 1.05 * 15
+    assert report.refused <= 0.015 * 1500 if headers == "capacity" else report.refused <= 0.01 * 1500
+
+
+@pytest.mark.parametrize("latency", LATENCIES)
+@pytest.mark.parametrize("retry_after", [None, "ceiling"])
+async def test_a_limit_that_nobody_announced(latency: float, retry_after: str | None) -> None:
+    provider = SimulatedProvider(rate=100, burst=100, latency=latency, retry_after=retry_after)
+    report = await send_all(provider, 1500)
+    assert report.lost == 0
+    assert report.seconds <= 1.10 * 15
+    assert report.refused <= 0.03 * 1500
+    assert report.throttled_seconds > 0
+
+
+async def test_an_announced_limit_with_scattered_answers() -> None:
+    provider = SimulatedProvider(rate=100, burst=20, latency=0.5, sigma=0.5, headers="per minute")
+    report = await send_all(provider, 1500)
+    assert report.refused <= 0.01 * 1500
+    assert report.seconds <= 1.15 * 15
+
+
+async def test_an_announced_window_is_used_up_and_waited_for() -> None:
+    provider = SimulatedProvider(rate=10, headers="window")
+    report = await send_all(provider, 1500)
+    # 600 in each minute: two windows full, and half of the third.
+    assert 120 <= report.seconds <= 125
+    assert report.refused <= 0.02 * 1500
+
+
+@pytest.mark.parametrize(("in_flight", "latency"), [(10, 1.5), (30, 0.2), (30, 1.0)])
+async def test_a_cap_on_requests_in_flight_is_found(in_flight: int, latency: float) -> None:
+    provider = SimulatedProvider(in_flight=in_flight, latency=latency, retry_after="exact")
+    report = await send_all(provider, 1500)
+    assert report.lost == 0
+    assert report.refused <= 0.03 * 1500
+    assert report.seconds <= 1.4 * 1500 * latency / in_flight
+    assert abs(report.limits[-1] - in_flight) <= 0.15 * in_flight
+
+
+@pytest.mark.parametrize(("workers", "latency"), [(30, 0.2), (100, 0.5)])
+async def test_a_server_that_queues_is_kept_busy_and_not_flooded(workers: int, latency: float) -> None:
+    provider = SimulatedProvider(workers=workers, latency=latency)
+    report = await send_all(provider, 3000)
+    assert report.seconds <= 1.2 * 3000 * latency / workers
+    assert report.limits[-1] <= 2 * workers
+
+
+async def test_a_slow_server_is_given_no_flood_before_its_first_answer() -> None:
+    provider = SimulatedProvider(workers=4, latency=10.0)
+    report = await send_all(provider, 200)
+    assert report.peak <= 8 * ConcurrencyBounds().start
+
+
+async def test_a_server_without_limits_gets_as_much_as_it_takes() -> None:
+    provider = SimulatedProvider(latency=2.0)
+    report = await send_all(provider, 5000)
+    assert report.peak == ConcurrencyBounds().max
+    assert report.seconds <= 1.25 * 5000 * 2.0 / 500
+
+
+async def test_refusals_at_random_do_not_stop_everybody() -> None:
+    provider = SimulatedProvider(latency=0.2, random_refusals=0.02)
+    report = await send_all(provider, 2000, concurrency=100)
+    assert report.lost == 0
+    assert report.seconds <= 1.5 * 2000 * 0.2 / 100
+
+
+async def test_a_fixed_number_in_flight_is_paced_like_any_other() -> None:
+    provider = SimulatedProvider(rate=50, burst=50, latency=0.2, retry_after=None)
+    report = await send_all(provider, 1000, concurrency=100)
+    assert report.lost == 0
+    assert report.seconds <= 1.10 * 1000 / 50
+    assert report.limits == [100] * len(report.limits)
+
+
+async def test_nothing_is_sent_during_a_cooldown() -> None:
+    provider = SimulatedProvider(rate=20, burst=20, latency=0.2, retry_after="ceiling")
+    await send_all(provider, 300)
+    first = provider.refused_at[0]
+    after = [at for at in provider.received_at if first + provider.round_trip < at < first + 1]
+    assert after == []
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("1s", 1.0),
+        ("6m0s", 360.0),
+        ("20ms", 0.02),
+        ("0.25", 0.25),
+        ("1m30.5s", 90.5),
+        ("1h0m1s", 3601.0),
+        ("2d", 172800.0),
+        ("", None),
+        ("soon", None),
+        ("1x", None),
+        ("2000-01-01T00:00:00Z", 0.0),
+        ("2000-01-01T00:00:00", 0.0),
+        ("1000000000.5", 0.0),
+        ("-1", None),
+        ("nan", None),
+    ],
+)
+def test_reset_headers(text: str, seconds: float | None) -> None:
+    assert seconds_until(text) == seconds

@@ -190,13 +190,16 @@ async def test_cancelling_the_job_writes_what_was_answered(
 
 async def test_a_deadline_stops_and_the_same_call_goes_on(file: TableFile) -> None:
     async def answer(prompt: str) -> AsyncGenerator[str, None]:
-        await anyio.sleep(0.05)
+        if prompt == "row 3":
+            await anyio.sleep(
+                0.6
+            )  # Longer than the deadline: it is completed, and nothing after it is asked.
         yield prompt
 
     with fake_model(answer) as model:
-        first = await file.enrich("t", "{{ body }}", column="answer", concurrency=1, deadline=0.08)
+        first = await file.enrich("t", "{{ body }}", column="answer", concurrency=1, deadline=0.5)
         assert first.stopped == "deadline"
-        assert 0 < first.written < 10
+        assert first.written < 10
         second = await file.enrich("t", "{{ body }}", column="answer")
         assert first.written + second.written == len(model.prompts) == 10
         assert second.stopped is None
@@ -234,21 +237,39 @@ async def test_max_tokens_total_stops_at_about_the_budget(file: TableFile) -> No
 
 async def test_an_overwriting_job_says_which_rows_are_left(file: TableFile) -> None:
     file.run("update t set answer = 'old'")
+    job = job_of(file, overwrite=True, concurrency=1, where="id > 1")
 
     async def answer(prompt: str) -> AsyncGenerator[str, None]:
-        await anyio.sleep(0.03)
+        if prompt == "row 4":
+            job.stop()
         yield "new"
 
     with fake_model(answer) as model:
-        first = await file.enrich(
-            "t", "{{ body }}", column="answer", overwrite=True, concurrency=1, deadline=0.05, where="id > 1"
+        first = await job.run()
+        assert (first.stopped, first.resume_where) == (
+            "stopped",
+            f'(id > 1) and "id" > {model.prompts[-1].split()[1]}',
         )
-        assert first.stopped == "deadline"
         second = await file.enrich(
             "t", "{{ body }}", column="answer", overwrite=True, where=first.resume_where
         )
         assert len(model.prompts) == first.written + second.written == 9
     assert file.run("select id from t where answer = 'old'") == [(1,)]
+
+
+async def test_an_overwriting_job_begins_again_with_the_first_row_that_was_cut_off(file: TableFile) -> None:
+    with gated("row 1", "row 3") as gate:
+        job = job_of(file, overwrite=True, concurrency=2)
+        async with anyio.create_task_group() as tasks:
+
+            @tasks.start_soon
+            async def _() -> None:
+                await gate.until_asked(4)
+                job.stop(grace_seconds=0.0)
+
+            report = await job.run()
+    assert report.resume_where == '"id" >= 2'
+    assert file.run("select id from t where answer is not null") == [(1,), (3,)]
 
 
 async def test_a_second_job_on_the_same_column_is_told_so(file: TableFile) -> None:

@@ -54,6 +54,32 @@ def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, Mapping[str, Any
     return "asyncio", ({"loop_factory": AutojumpLoop} if virtual else {})
 
 
+RANDOM_CANCELLATIONS = 150
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--random-cancellations",
+        type=int,
+        metavar="N",
+        help=f"test N random plans per backend, new ones each time, not the same {RANDOM_CANCELLATIONS}",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    import hypothesis
+
+    chosen = config.getoption("--random-cancellations")
+    hypothesis.settings.register_profile(
+        "random cancellations",
+        max_examples=chosen or RANDOM_CANCELLATIONS,
+        derandomize=chosen is None,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+
+
 @pytest.fixture(autouse=True)
 def llm_user_path(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty llm configuration directory, so that no key or alias of this machine leaks in."""

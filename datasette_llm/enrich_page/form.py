@@ -25,7 +25,7 @@ def column_reference(name: str) -> str:
     """Return how a prompt shows a column: by its name, if Jinja reads that as one."""
     plain = "{{ " + name + " }}"
     try:
-        if name.isidentifier() and PromptTemplate(plain, [name]).columns == (name,):
+        if name.isidentifier() and name != "row" and PromptTemplate(plain, [name]).columns == (name,):
             return plain
     except EnrichInputError:
         pass

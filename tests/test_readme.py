@@ -81,17 +81,29 @@ def _close(datasette: Datasette) -> None:
 
 @pytest.mark.parametrize("block", PROGRAMS, ids=_id)
 def test_a_program_prints_what_is_under_it(block: Block, directory: Path) -> None:
-    if "import trio_asyncio" in block.code:
-        # Imported in this way first, it leaves the asyncio loops of the other tests alone.
-        pytest.importorskip("datasette_llm.runtime.trio_loop")
     if "add_background_task" in block.code and not hasattr(Datasette, "add_background_task"):
         pytest.skip("this Datasette has no background tasks")
+    assert block.output is not None, "every program is followed by its output"
+    assert _run(block, block.code) == block.output.strip()
+
+
+@pytest.mark.parametrize(
+    "block",
+    [block for block in PROGRAMS if "anyio.run(main)" in block.code and "await datasette." not in block.code],
+    ids=_id,
+)
+def test_a_program_that_only_prompts_runs_under_trio_as_it_is(block: Block, directory: Path) -> None:
+    assert block.output is not None
+    on_trio = block.code.replace("anyio.run(main)", 'anyio.run(main, backend="trio")')
+    assert _run(block, on_trio) == block.output.strip()
+
+
+def _run(block: Block, code: str) -> str:
     printed = io.StringIO()
-    program = compile(block.code, f"README.md:{block.line}", "exec")
+    program = compile(code, f"README.md:{block.line}", "exec")
     with contextlib.redirect_stdout(printed):
         exec(program, {"__name__": "__main__"})
-    assert block.output is not None, "every program is followed by its output"
-    assert printed.getvalue().strip() == block.output.strip()
+    return printed.getvalue().strip()
 
 
 @pytest.mark.parametrize("block", CONFIGURATIONS, ids=_id)
@@ -170,6 +182,14 @@ def test_the_defaults_in_the_table_are_the_defaults() -> None:
 @pytest.mark.parametrize("name", datasette_llm.__all__)
 def test_a_public_name_is_mentioned(name: str) -> None:
     assert re.search(rf"\b{name}\b", README)
+
+
+def test_messages_in_the_troubleshooting_are_what_the_package_says() -> None:
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "datasette_llm").rglob("*.py"))
+    quoted = re.findall(r'^(?:\*\*"(?:\.\.\. )?|> )(.+?)(?:"|$)', README, re.MULTILINE)
+    assert quoted
+    for message in quoted:
+        assert message in source
 
 
 def test_links_lead_somewhere() -> None:

@@ -32,11 +32,6 @@ LOCKED_PAUSE_SECONDS = 0.2
 class _Failed:
     error: sqlite3.Error
 
-    @property
-    def locked(self) -> bool:
-        text = str(self.error)
-        return isinstance(self.error, sqlite3.OperationalError) and ("locked" in text or "busy" in text)
-
 
 def find_database(datasette: Any, name: str) -> Any:
     """Return a database that can be written.
@@ -53,8 +48,21 @@ def find_database(datasette: Any, name: str) -> Any:
 
 
 async def read(database: Any, function: Callable[[sqlite3.Connection], T]) -> T:
-    """Run ``function`` on a read connection, without Datasette's time limit for queries."""
-    return cast("T", await call(database.execute_fn, function))
+    """Run ``function`` on a read connection, without Datasette's time limit for queries.
+
+    A locked database is waited for.
+
+    Raises:
+        EnrichError: it stayed locked, or SQLite refuses.
+    """
+    began = anyio.current_time()
+    while True:
+        try:
+            return cast("T", await call(database.execute_fn, function))
+        except sqlite3.Error as error:
+            if not is_locked(error):
+                raise EnrichError(f"The database {database.name!r} cannot be read: {error}") from error
+        await _wait_for_lock(database, began, LOCKED_SECONDS)
 
 
 async def recover(database: Any) -> None:
@@ -88,11 +96,22 @@ async def write(
             outcome = await call(database.execute_write_fn, attempt, transaction=False)
         if not isinstance(outcome, _Failed):
             return cast("T", outcome)
-        if not outcome.locked:
+        if not is_locked(outcome.error):
             raise EnrichError(f"The database {database.name!r} cannot be written: {outcome.error}")
-        if anyio.current_time() - began >= patience_seconds:
-            raise EnrichError(
-                f"Another program has kept the database {database.name!r} locked for "
-                f"{anyio.current_time() - began:.0f} seconds: close what holds it and run this again"
-            )
-        await anyio.sleep(LOCKED_PAUSE_SECONDS)
+        await _wait_for_lock(database, began, patience_seconds)
+
+
+def is_locked(error: Exception) -> bool:
+    """Say whether SQLite gave up because another connection holds a lock."""
+    text = str(error)
+    return isinstance(error, sqlite3.OperationalError) and ("locked" in text or "busy" in text)
+
+
+async def _wait_for_lock(database: Any, began: float, patience_seconds: float) -> None:
+    waited = anyio.current_time() - began
+    if waited >= patience_seconds:
+        raise EnrichError(
+            f"Another program has kept the database {database.name!r} locked for {waited:.0f} seconds: "
+            "close what holds it and run this again"
+        )
+    await anyio.sleep(LOCKED_PAUSE_SECONDS)

@@ -7,15 +7,16 @@ they are big. Rows that are added behind the current key are for the next run.
 
 from __future__ import annotations
 
+import sqlite3
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
+from .database import is_locked
 from .errors import EnrichInputError
 from .failures import ERRORS_TABLE, has_errors_table, key_from_stored
 from .table import ROWID_NAMES, quote
 
 if TYPE_CHECKING:
-    import sqlite3
     from collections.abc import Sequence
 
     from .table import SQLValue, Table
@@ -79,7 +80,9 @@ class Selection:
         """
         try:
             conn.execute(f"explain {self._select} {self.condition()}").fetchone()
-        except Exception as error:
+        except sqlite3.Error as error:
+            if is_locked(error):
+                raise
             raise EnrichInputError(f"The condition {self.where!r} is not valid here: {error}") from None
 
     def count(

@@ -38,8 +38,6 @@ AT_ONCE_SECONDS, AT_ONCE, AT_ONCE_SHARE = 0.3, 3, 0.1
 AT_ONCE_AT_RANDOM, AT_ONCE_AT_RANDOM_SHARE = 5, 0.2
 #: Requests that such a judgement takes, at least.
 ENOUGH_REQUESTS = 20
-#: Lone refusals, each within so many seconds of the one before, after which they are taken to be random.
-LONE_REFUSALS, LONE_SECONDS = 6, 4.0
 #: So many requests without a refusal show that the last one was the only one.
 SINGLE_REFUSAL_REQUESTS = 30
 #: A gap in sending, in seconds, after which what was sent before does not count.
@@ -89,10 +87,8 @@ class Cooldowns:
         self._sent: deque[float] = deque(maxlen=4096)
         self._sent_count = 0
         self._lone_at = -math.inf
-        self._lone_since = -math.inf
         # How many had been sent when a pause with one refusal only was over.
         self._single_refusal_at = -math.inf
-        self._lone_refusals = 0
         self._refused_count = 0
         self._refused_at: deque[float] = deque(maxlen=64)
         self._accepted_at_pause = 0
@@ -203,14 +199,9 @@ class Cooldowns:
                 if sent > self._lone_at:
                     self._refused_alone(now, in_flight)
                 if sent > self._lone_at and not self._strikes_at_random:
-                    if now - self._lone_at > LONE_SECONDS:
-                        self._lone_since, self._lone_refusals = now, 0
-                    self._lone_refusals += 1
-                    if self._lone_refusals > LONE_REFUSALS and now - self._lone_since > LONE_SECONDS:
-                        # They go on however much slower it gets: the rate is not the reason.
+                    if self._found.lone_refusal(now, self._sent_count - self._refused_count):
                         self._lifted = 2
                         self._found.forget()
-                    self._found.lone_refusal(now, self._sent_count - self._refused_count)
                     self._lone_at = now
                 return
         # Cases 2 and 4.

@@ -27,6 +27,8 @@ TOKEN_BURST_SECONDS = 6.0
 SAFETY = 0.99
 #: Part of a known reserve at the provider that is used up on purpose.
 RESERVE_USED = 0.8
+#: Refusals of single requests that contradict the rate, after which it is given up.
+UNEXPLAINED = 3
 #: After so many seconds without a refusal the rate is tried upward, by this share a second at first.
 PROBE_AFTER_SECONDS = 4.0
 PROBE_GROWTH = 0.01
@@ -137,6 +139,8 @@ class FoundRate:
         self._accepted_at_empty = 0
         self._calm_since = 0.0
         self._probed_at = 0.0
+        self._most_came_in = 0.0
+        self._unexplained = 0
 
     def forget(self) -> None:
         """The refusals had another reason than the rate."""
@@ -155,6 +159,7 @@ class FoundRate:
             accepted: how many ever were.
         """
         self._calm_since = now
+        self._most_came_in, self._unexplained = 0.0, 0
         since_empty = None
         seconds = empty_at - self._empty_at
         if seconds > 120:
@@ -193,27 +198,37 @@ class FoundRate:
             burst = max(burst + 1, burst * 1.1)
         return best[1], best[2]
 
-    def lone_refusal(self, now: float, accepted: int) -> None:
+    def lone_refusal(self, now: float, accepted: int) -> bool:
         """One request was refused while others passed: the bucket is about empty.
 
         Args:
             accepted: how many requests ever were accepted.
+
+        Returns:
+            whether refusals go on that no bucket explains: more was accepted in the same time before, or
+            much should have been left.
         """
         bucket = self.bucket
         if bucket is None:
-            return
-        bucket.fill(now)
+            return False
+        unexplained = bucket.fill(now) > max(3.0, 0.2 * bucket.capacity) and self.measured
         bucket.level = min(bucket.level, 0.0)
-        bucket.rate *= SAFETY
         seconds = now - self._empty_at
-        if seconds > 0.3:
-            # From empty to empty: what was accepted is what came in.
-            came_in = (accepted - self._accepted_at_empty) / seconds
-            bucket.rate = max(0.5 * bucket.rate, min(bucket.rate, came_in * SAFETY))
-            self.measured = self.measured or seconds > 0.6
-        if seconds > 2.0:
+        if not unexplained:
+            bucket.rate *= SAFETY
+            if seconds > 0.3:
+                # From empty to empty: what was accepted is what came in.
+                came_in = (accepted - self._accepted_at_empty) / seconds
+                bucket.rate = max(0.5 * bucket.rate, min(bucket.rate, came_in * SAFETY))
+                if seconds > 0.6:
+                    self.measured = True
+                    unexplained = came_in < 0.97 * self._most_came_in
+                    self._most_came_in = max(self._most_came_in, came_in)
+        if seconds > 2.0 or (unexplained and seconds > 0.3):
             self._empty_at, self._accepted_at_empty = now, accepted
         self._calm_since = now
+        self._unexplained += unexplained
+        return self._unexplained >= UNEXPLAINED
 
     def probe(self, now: float) -> None:
         """Try the rate upward, when nothing was refused for a while and requests have to wait for it."""

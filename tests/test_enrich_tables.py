@@ -5,10 +5,11 @@ from __future__ import annotations
 import sqlite3
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import pytest
 
 from datasette_llm import enrich
-from datasette_llm.enrich import EnrichError, EnrichInputError, selection, writer
+from datasette_llm.enrich import EnrichError, EnrichInputError, database, plan, selection, writer
 from datasette_llm.runtime.datasette_side import call
 
 from .enrich_tables import TableFile, fake_model
@@ -394,21 +395,84 @@ async def test_a_schema_with_a_column_keeps_the_whole_answer_too(make: MakeTable
     assert file.run("select name, answer from t") == [(None, '{"name": null}')]
 
 
-async def test_a_database_that_stays_locked_is_waited_for_and_then_said(
-    make: MakeTable, model: FakeModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = make("create table t (body, answer)", "insert into t(body) values ('a')")
-    monkeypatch.setattr(writer, "LOCKED_SECONDS", 0.0)
-    datasette = file.datasette()
-    other = sqlite3.connect(file.path)
-    other.execute("begin immediate")
+async def impatient(datasette: Any) -> None:
+    """Have SQLite itself not wait for locks, so that a test need not either."""
 
-    def impatient(conn: Any) -> None:
+    def set_timeout(conn: Any) -> None:
         conn.execute("pragma busy_timeout = 1")
 
-    await call(datasette.get_database("data").execute_write_fn, impatient, transaction=False)
-    with pytest.raises(EnrichError, match="locked for 0 seconds"):
-        await enrich(datasette, "data", "t", "{{ body }}", column="answer", model="fake")
+    database = datasette.get_database("data")
+    await call(database.execute_write_fn, set_timeout, transaction=False)
+    await call(database.execute_fn, set_timeout)
+
+
+@pytest.mark.parametrize("lock", ["immediate", "exclusive"])
+async def test_a_database_that_stays_locked_is_waited_for_and_then_said(
+    lock: str, make: MakeTable, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = make("create table t (body, answer)", "insert into t(body) values ('a')")
+    monkeypatch.setattr(database, "LOCKED_SECONDS", 0.3)
+    monkeypatch.setattr(writer, "LOCKED_SECONDS", 0.3)
+    datasette = file.datasette(settings={"num_sql_threads": 1})
+    await impatient(datasette)
+    other = sqlite3.connect(file.path)
+    other.execute(f"begin {lock}")
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "recover", read_nothing)
+        with pytest.raises(EnrichError, match="has kept the database 'data' locked for 0 seconds"):
+            await enrich(datasette, "data", "t", "{{ body }}", column="answer", model="fake")
     other.close()
     report = await file.enrich("t", "{{ body }}", column="answer")
     assert report.written == 1
+
+
+async def read_nothing(database: Any) -> None:
+    pass
+
+
+async def test_a_database_that_is_locked_for_a_while_gets_its_answers_then(make: MakeTable) -> None:
+    file = make("create table t (body, answer)", "insert into t(body) values ('a'), ('b')")
+    datasette = file.datasette(settings={"num_sql_threads": 1})
+    await impatient(datasette)
+    other = sqlite3.connect(file.path, check_same_thread=False)
+    other.execute("begin immediate")
+    tries = 0
+    original = writer.Writer._transaction
+
+    def transaction(self: Any, batch: Any, conn: Any) -> Any:
+        nonlocal tries
+        tries += 1
+        if tries == 3:
+            other.rollback()
+        return original(self, batch, conn)
+
+    with fake_model(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer.Writer, "_transaction", transaction)
+        report = await enrich(datasette, "data", "t", "{{ body }}", column="answer", model="fake")
+    assert (report.written, tries) == (2, 3)
+    other.close()
+
+
+async def test_it_works_in_a_background_task_of_datasette(make: MakeTable, model: FakeModel) -> None:
+    file = make("create table t (body)", "insert into t values ('a')")
+    datasette = file.datasette()
+    if not hasattr(datasette, "add_background_task"):
+        pytest.skip("this Datasette has no background tasks")
+    reports = []
+
+    async def main() -> None:  # Datasette's own code, on asyncio whichever the backend.
+        done = anyio.Event()
+
+        async def job(datasette: Any) -> None:
+            reports.append(await enrich(datasette, "data", "t", "{{ body }}", column="answer", model="fake"))
+            done.set()
+
+        datasette.add_background_task(job)
+        await datasette.invoke_startup()
+        await datasette.start_background_tasks()
+        with anyio.fail_after(20):
+            await done.wait()
+        await datasette.invoke_shutdown()
+
+    await call(main)
+    assert reports[0].written == 1

@@ -96,7 +96,7 @@ def _lock_file(database: Path, table: str, column: str) -> Iterator[None]:
 
 
 def _same_file(descriptor: int, path: Path) -> bool:
-    if sys.platform == "win32":
+    if sys.platform == "win32":  # pragma: no cover - the tests run on Unix
         return True  # Windows does not remove a file that is open, and we never remove it there.
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
@@ -105,7 +105,7 @@ def _same_file(descriptor: int, path: Path) -> bool:
 
 
 def _try_lock(descriptor: int) -> bool:
-    if sys.platform == "win32":
+    if sys.platform == "win32":  # pragma: no cover - the tests run on Unix
         import msvcrt
 
         try:

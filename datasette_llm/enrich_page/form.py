@@ -41,15 +41,17 @@ def make_form(table: Table, models: Mapping[str, bool], *, may_add_columns: bool
         models: the ids of the models to choose from, the default first, and whether each takes a schema.
         may_add_columns: answers may go to a column that does not exist yet.
     """
-    references = [column_reference(name) for name in table.column_names]
+    references = {column.name: column_reference(column.name) for column in table.columns}
+    texts = [column.name for column in table.columns if column.affinity == "TEXT" and not column.key_position]
+    example = references[(texts or list(references))[-1]]
 
     class ConfigForm(Form):  # type: ignore[misc]  # wtforms ships no types
         model = SelectField("Model", choices=list(models), validate_choice=False)
         prompt = TextAreaField(
             "Prompt",
-            description=_suggestions(references),
+            description=_suggestions(references.values()),
             validators=[DataRequired("Write what to ask about each row.")],
-            render_kw={"style": _LINES.format(8), "placeholder": f"Summarize: {references[-1]}"},
+            render_kw={"style": _LINES.format(8), "placeholder": f"Summarize: {example}"},
         )
         system = TextAreaField(
             "System prompt",
@@ -69,7 +71,8 @@ def make_form(table: Table, models: Mapping[str, bool], *, may_add_columns: bool
             render_kw={"style": _LINES.format(4)},
         )
         overwrite = BooleanField(
-            "Overwrite", description="Also ask about rows that have a value already, and replace it."
+            "Overwrite",
+            description="Also ask about rows that have a value, and replace it; else they are skipped.",
         )
 
         def validate(self, extra_validators: Any = None) -> bool:
@@ -94,15 +97,17 @@ def make_form(table: Table, models: Mapping[str, bool], *, may_add_columns: bool
             return True
 
         def _check_outputs(self) -> bool:
-            schema = None
+            schema, name = None, self.column.data or None
+            valid = True
             if self.schema.data:
                 try:
                     schema = read_schema(self.schema.data)
                 except EnrichInputError as error:
-                    return _wrong(self.schema, str(error))
+                    valid = _wrong(self.schema, str(error))
+                    if name is None:
+                        return valid
                 if not models.get(self.model.data, True):
-                    return _wrong(self.schema, f"The model {self.model.data!r} does not support schemas.")
-            name = self.column.data or None
+                    valid = _wrong(self.schema, f"The model {self.model.data!r} does not support schemas.")
             field = self.schema if name is None and schema is not None else self.column
             try:
                 outputs = Outputs(table, name, schema)
@@ -111,7 +116,7 @@ def make_form(table: Table, models: Mapping[str, bool], *, may_add_columns: bool
             added = [output.name for output in outputs.columns if not output.exists]
             if added and not may_add_columns:
                 return _wrong(field, f"You may not add the column {added[0]!r} to this table.")
-            return True
+            return valid
 
     return ConfigForm
 

@@ -162,8 +162,9 @@ class TestRefusals:
         assert 'value="said"' in page.text
 
     async def test_all_errors_at_once(self, tmp_path: Path) -> None:
-        page = await Site(tmp_path, *ROWS).post(PAGE, {"model": "x", "prompt": "{{ x }}", "column": "id"})
-        assert len(errors_of(page)) == 3
+        wrong = {"model": "x", "prompt": "{{ x }}", "column": "id", "schema": "{"}
+        page = await Site(tmp_path, *ROWS).post(PAGE, wrong)
+        assert len(errors_of(page)) == 4
 
     async def test_leaving_the_sandbox_shows_with_the_first_row(self, tmp_path: Path) -> None:
         site = Site(tmp_path, *ROWS)

@@ -1,0 +1,132 @@
+"""A headless Chromium, driven through chromedriver by the W3C WebDriver protocol: no other package needed."""
+
+from __future__ import annotations
+
+import base64
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMEDRIVER = shutil.which("chromedriver")
+
+needs_browser = pytest.mark.skipif(
+    not (CHROMIUM and CHROMEDRIVER),
+    reason="no browser: install chromium and chromium-driver (Debian's packages)",
+)
+
+#: Nothing but the page that is asked for: no profile of this machine, no request to anybody else.
+ARGUMENTS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--disable-dev-shm-usage",
+    "--window-size=1000,1100",
+)
+
+_ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # The protocol's own name for a reference to an element.
+LIMIT_SECONDS = 20
+
+
+class Browser:
+    """One window. Its methods block, so they run in a thread where a server runs in the event loop."""
+
+    def __init__(self, session: httpx.Client) -> None:
+        self._session = session
+
+    def goto(self, url: str) -> None:
+        self._do("POST", "url", {"url": url})
+
+    @property
+    def url(self) -> str:
+        return str(self._do("GET", "url"))
+
+    def text(self, css: str = "body") -> str:
+        """Return what a person reads there."""
+        return str(self._do("GET", f"element/{self._find(css)}/text"))
+
+    def type(self, css: str, text: str) -> None:
+        """Replace what is in a field."""
+        element = self._find(css)
+        self._do("POST", f"element/{element}/clear", {})
+        self._do("POST", f"element/{element}/value", {"text": text})
+
+    def click(self, css: str) -> None:
+        self._do("POST", f"element/{self._find(css)}/click", {})
+
+    def click_link(self, text: str) -> None:
+        self._do("POST", f"element/{self._find(text, using='partial link text')}/click", {})
+
+    def run(self, script: str) -> Any:
+        return self._do("POST", "execute/sync", {"script": script, "args": []})
+
+    def until(self, is_so: Callable[[], bool], *, reload: bool = False) -> None:
+        """Wait for something that the page does by itself, or the server behind it."""
+        deadline = time.monotonic() + LIMIT_SECONDS
+        while not is_so():
+            assert time.monotonic() < deadline, self.text()
+            time.sleep(0.05)
+            if reload:
+                self._do("POST", "refresh", {})
+
+    def screenshot(self, path: str) -> None:
+        with open(path, "wb") as file:
+            file.write(base64.b64decode(self._do("GET", "screenshot")))
+
+    def _find(self, selector: str, using: str = "css selector") -> str:
+        return str(self._do("POST", "element", {"using": using, "value": selector})[_ELEMENT])
+
+    def _do(self, method: str, path: str, body: Any = None) -> Any:
+        answer = self._session.request(method, path, json=body).json()["value"]
+        assert not (isinstance(answer, dict) and "error" in answer), answer
+        return answer
+
+
+@contextmanager
+def open_browser() -> Iterator[Browser]:
+    """Start a browser; it is gone when the block is left."""
+    assert CHROMEDRIVER is not None
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        driver = subprocess.Popen(
+            [CHROMEDRIVER, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        try:
+            driver_url = f"http://127.0.0.1:{_port_of(driver)}"
+            options = {"binary": CHROMIUM, "args": [*ARGUMENTS, f"--user-data-dir={profile}"]}
+            wanted = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}}
+            started = httpx.post(f"{driver_url}/session", json=wanted, timeout=60).json()["value"]
+            assert "sessionId" in started, started
+            session_url = f"{driver_url}/session/{started['sessionId']}"
+            try:
+                with httpx.Client(base_url=session_url, timeout=60) as session:
+                    yield Browser(session)
+            finally:
+                httpx.delete(session_url, timeout=60)  # Closes the browser.
+        finally:
+            driver.terminate()
+            driver.wait(LIMIT_SECONDS)
+            if driver.stdout is not None:
+                driver.stdout.close()
+
+
+def _port_of(driver: subprocess.Popen[str]) -> int:
+    assert driver.stdout is not None
+    for line in driver.stdout:
+        found = re.search(r"started successfully on port (\d+)", line)
+        if found:
+            return int(found[1])
+    raise AssertionError("chromedriver did not start")

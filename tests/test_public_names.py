@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
-import pkgutil
 from importlib import metadata, resources
+from pathlib import Path
 from types import ModuleType
 
 import llm
@@ -26,10 +27,8 @@ KEPT = {
 }
 NEW = {"GroupClosed", "GroupModel", "PromptCancelled", "PromptResponse", "enrich"}
 
-MODULES = sorted(
-    module.name
-    for module in pkgutil.walk_packages(datasette_llm.__path__, prefix=f"{datasette_llm.__name__}.")
-)
+PACKAGE = Path(datasette_llm.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def test_the_public_names_are_these() -> None:
@@ -103,7 +102,7 @@ def test_datasette_finds_the_plugin() -> None:
     assert values.count("datasette_llm.plugin") == 1
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_a_module_says_what_it_is_about(name: str) -> None:
-    module = importlib.import_module(name)
-    assert inspect.getdoc(module), name
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_a_module_says_what_it_is_about(path: Path) -> None:
+    # Read and not imported: some need packages that are optional.
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))

@@ -247,7 +247,9 @@ class Attempt:
         if exc is not None and not isinstance(exc, Exception):
             # Cancellation and the end of the program are nobody's failed attempt.
             return None
-        if isinstance(exc, Exception):
+        if isinstance(exc, _GaveUp):
+            self.error = exc.error
+        elif isinstance(exc, Exception):
             self.error = self._retrying.last_error = exc
         return self._inner.__exit__(exc_type, exc, tb)
 

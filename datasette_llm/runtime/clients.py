@@ -11,6 +11,7 @@ kept per API key, address and headers, so two keys never share one.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import os
@@ -51,7 +52,6 @@ class ClientPool:
 
     def __init__(self) -> None:
         self._sets: dict[Hashable, _ClientSet] = {}
-        self._ssl_context: Any = None
         self.closed = False
 
     def adopt(self, model: Any, observe: Observe | None = None) -> bool:
@@ -85,17 +85,11 @@ class ClientPool:
                 clients = self._sets[identity]
             except KeyError:
                 template = original(key, async_=True)
-                clients = self._sets[identity] = _ClientSet(template, observe, self._shared_ssl_context)
+                clients = self._sets[identity] = _ClientSet(template, observe)
             return clients.lease()
 
         model.get_client = get_client
         return True
-
-    def _shared_ssl_context(self, library: Any) -> Any:
-        # Loading the certificates is what makes a client expensive.
-        if self._ssl_context is None:
-            self._ssl_context = library.create_ssl_context()
-        return self._ssl_context
 
     async def aclose(self) -> None:
         """Close every client; afterwards models get clients of their own again. Never hangs."""
@@ -122,10 +116,9 @@ def makes_openai_clients(model: Any) -> bool:
 class _ClientSet:
     """Clients that are alike, each with connections of its own; the first that has room is used next."""
 
-    def __init__(self, template: Any, observe: Observe | None, ssl_context: Callable[[Any], Any]) -> None:
+    def __init__(self, template: Any, observe: Observe | None) -> None:
         self._template = template
         self._observe = observe
-        self._ssl_context = ssl_context
         self._clients: list[_Client] = []
         self._http_library = http_library()
 
@@ -142,8 +135,7 @@ class _ClientSet:
                 least = client
         if least is None or len(self._clients) < MOST_CLIENTS:
             factory, library = self._http_library
-            verify = self._ssl_context(library)
-            least = _Client(self._template, factory, library, self._observe, verify)
+            least = _Client(self._template, factory, library, self._observe)
             self._clients.append(least)
         return _Lease(least)
 
@@ -158,9 +150,7 @@ class _ClientSet:
 class _Client:
     """One OpenAI client on a transport of its own, without the retries that openai makes in secret."""
 
-    def __init__(
-        self, template: Any, factory: Any, library: Any, observe: Observe | None, verify: Any
-    ) -> None:
+    def __init__(self, template: Any, factory: Any, library: Any, observe: Observe | None) -> None:
         self.busy = 0
         hooks = {} if observe is None else {"request": [_stamp], "response": [_reporter(observe)]}
         self.http = factory(
@@ -170,7 +160,7 @@ class _Client:
                 keepalive_expiry=KEEPALIVE_SECONDS,
             ),
             event_hooks=hooks,
-            verify=verify,
+            verify=_ssl_context(library, *map(os.environ.get, _SSL_VARIABLES)),
         )
         self.openai = template.with_options(max_retries=0, http_client=self.http)
 
@@ -193,6 +183,15 @@ class _Lease:
 
     def __del__(self) -> None:
         self._leased.busy -= 1
+
+
+_SSL_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+
+
+@functools.lru_cache(maxsize=4)
+def _ssl_context(library: Any, *_variables: str | None) -> Any:
+    """Load the certificates: what makes a client expensive, and belongs to no key and no event loop."""
+    return library.create_ssl_context()
 
 
 _SENT = "datasette_llm.sent"

@@ -18,7 +18,6 @@ import os
 from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
-import openai
 from anyio.lowlevel import RunVar
 
 if TYPE_CHECKING:
@@ -214,6 +213,9 @@ def http_library() -> tuple[Any, Any] | None:
 
     Newer versions of openai are built on httpx2, older ones on httpx; ``None`` if this one has neither.
     """
+    # Not before it is needed: importing openai takes a third of a second.
+    import openai
+
     for name, library in (("DefaultAsyncHttpx2Client", "httpx2"), ("DefaultAsyncHttpxClient", "httpx")):
         factory = getattr(openai, name, None)
         if factory is not None:

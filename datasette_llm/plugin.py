@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import TYPE_CHECKING, Any
 
 from pluggy import HookimplMarker
@@ -34,7 +35,14 @@ def shutdown(datasette: Datasette) -> Any:
     """Let the prompts that are still running settle, and close the connections."""
     from .runtime.root import drain
 
-    return drain()
+    async def end_all() -> None:
+        if "datasette_llm.enrich_page.runs" in sys.modules:
+            from .enrich_page.runs import end_runs
+
+            await end_runs(datasette)
+        await drain()
+
+    return end_all()
 
 
 @hookimpl

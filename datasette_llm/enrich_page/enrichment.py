@@ -118,7 +118,10 @@ class PromptEnrichment(Enrichment):  # type: ignore[misc]  # datasette-enrichmen
             actor = await _actor(datasette, actor_id)
             spec = _spec(db, table, config, actor=actor, only=NamedRows(tuple(pks), todo))
             batch = _Batch(run, db, job_id, spec)
-            report = await self._run_batch(datasette, batch)
+            try:
+                report = await self._run_batch(datasette, batch)
+            finally:
+                run.job.active = None
             if report.stopped is not None or not run.is_newest:
                 await self._break_off(batch)
             run.job.written.clear()
@@ -126,7 +129,9 @@ class PromptEnrichment(Enrichment):  # type: ignore[misc]  # datasette-enrichmen
         return max(0, len(rows) - before - batch.recorded - len(batch.failed))
 
     async def _run_batch(self, datasette: Any, batch: _Batch) -> EnrichReport:
-        job = batch.job = EnrichJob(datasette, batch.spec, on_progress=batch.look, on_settled=batch.note)
+        job = batch.job = batch.run.job.active = EnrichJob(
+            datasette, batch.spec, on_progress=batch.look, on_settled=batch.note
+        )
         if not batch.run.is_newest:
             job.stop()
         try:

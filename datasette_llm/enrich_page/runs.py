@@ -3,6 +3,9 @@
 datasette-enrichments runs a job as a loop over batches, and looks at the job's status between them. A
 person who pauses and resumes within one batch so gets a second loop beside the first. Here a job has one
 *newest* run; an older one stops where it is, and only one works at a time.
+
+When the server stops, no run is the newest: batches under way end, with what was answered written. Their
+jobs keep their status, so datasette-enrichments starts them again with the server.
 """
 
 from __future__ import annotations
@@ -15,7 +18,13 @@ from weakref import WeakKeyDictionary
 import anyio
 
 if TYPE_CHECKING:
+    from ..enrich.job import EnrichJob
     from ..enrich.table import SQLValue
+
+#: How long prompts in flight may take to complete when the server stops.
+END_GRACE_SECONDS = 5.0
+#: How long their answers may then take to be written.
+WRITE_SECONDS = 2.0
 
 
 @dataclass(eq=False)
@@ -25,11 +34,13 @@ class Job:
     Attributes:
         newest: the run that was started last.
         working: held while a batch is under way.
+        active: the batch under way.
         written: keys of rows written in a batch that was broken off, which is run again on resuming.
     """
 
     newest: Run | None = None
     working: anyio.Lock = field(default_factory=anyio.Lock)
+    active: EnrichJob | None = None
     written: set[tuple[SQLValue, ...]] = field(default_factory=set)
 
 
@@ -58,6 +69,19 @@ def begin_run(datasette: Any, database: str, job_id: int) -> None:
 def current_run() -> Run:
     """Return the run that this task belongs to."""
     return _run.get() or _lone_run()
+
+
+async def end_runs(datasette: Any) -> None:
+    """End what runs for this Datasette; returns when all that was answered is written."""
+    jobs = list(_jobs.get(datasette, {}).values())
+    for job in jobs:
+        job.newest = None
+        if job.active is not None:
+            job.active.stop(grace_seconds=END_GRACE_SECONDS)
+    with anyio.move_on_after(END_GRACE_SECONDS + WRITE_SECONDS):
+        for job in jobs:
+            async with job.working:
+                pass
 
 
 def _lone_run() -> Run:

@@ -18,7 +18,7 @@ from .enriching import LIMIT_SECONDS, Site, register
 
 pytest.importorskip("datasette_enrichments", reason="datasette-enrichments is not installed")
 
-from datasette_llm.enrich_page import enrichment
+from datasette_llm.enrich_page import enrichment, runs
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -70,17 +70,22 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
 
 
 class Gate:
-    """A script for a model: answers at once until so many are done, then only when it is opened."""
+    """A script for a model: answers so many at once, and the others when it is opened.
 
-    def __init__(self, answers: int = 0) -> None:
+    ``reached`` is set when as many wait for that as are sent at a time.
+    """
+
+    def __init__(self, answers: int, at_a_time: int = 2) -> None:
         self.answers = answers
+        self.at_a_time = at_a_time
         self.reached = anyio.Event()
         self.opened = anyio.Event()
 
     async def __call__(self, prompt: str) -> AsyncGenerator[str, None]:
         self.answers -= 1
         if self.answers < 0:
-            self.reached.set()
+            if self.answers <= -self.at_a_time:
+                self.reached.set()
             await self.opened.wait()
         yield prompt.upper()
 
@@ -294,7 +299,7 @@ class TestFailures:
             assert (await site.ended())["status"] == "finished"
 
     async def test_a_column_that_is_gone_cancels_the_job(self, tmp_path: Path, small_batches: None) -> None:
-        with registered(FakeModel(gate := Gate(10))):
+        with registered(FakeModel(gate := Gate(10, at_a_time=1))):
             site = Site(tmp_path, *words(20), settings={"concurrency": 1})
             await site.post(PAGE, FORM)
             await gate.reached.wait()
@@ -389,6 +394,28 @@ class TestPausing:
             job = await again.ended()
             assert (job["status"], job["done_count"]) == ("finished", 30)
             assert once_each(model, 30)
+
+
+async def test_a_server_that_stops_writes_what_was_answered_and_goes_on_later(
+    tmp_path: Path, small_batches: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "END_GRACE_SECONDS", 0.0)
+    with registered(model := FakeModel(gate := Gate(13))):
+        site = Site(tmp_path, *words(30), settings=TWO_AT_A_TIME)
+        if not hasattr(site.datasette, "invoke_shutdown"):
+            pytest.skip("this Datasette tells nobody that it stops")
+        await site.post(PAGE, FORM)
+        await gate.reached.wait()
+        await site.datasette.invoke_shutdown()
+        assert model.counts["opened"] == model.counts["closed"] == 15
+        assert _written(site) == 13
+        assert site.job(1)["status"] == "running"
+        gate.opened.set()
+        again = Site(tmp_path, settings=TWO_AT_A_TIME)
+        await again.get("/data/words")
+        job = await again.ended()
+        assert (job["status"], job["done_count"]) == ("finished", 30)
+        assert Counter(Counter(model.prompts).values()) == {1: 28, 2: 2}  # Twice: those that were in flight.
 
 
 async def test_a_budget_is_reserved_once_a_batch_and_settled(tmp_path: Path, small_batches: None) -> None:

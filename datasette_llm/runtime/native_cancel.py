@@ -40,8 +40,12 @@ def is_stray(error: BaseException) -> bool:
     return task is not None and hasattr(task, "cancelling") and not task.cancelling()
 
 
-def take_back() -> None:
-    """Forget one ``Task.cancel()`` of the running task, where Python counts them."""
+def take_back() -> bool:
+    """Forget one ``Task.cancel()`` of the running task, where Python counts them; say if there was one."""
+    if backend() != "asyncio":
+        return False
     task = asyncio.current_task()
-    if task is not None and hasattr(task, "uncancel") and task.cancelling():
-        task.uncancel()
+    if task is None or not hasattr(task, "uncancel") or not task.cancelling():
+        return False
+    task.uncancel()
+    return True

@@ -113,8 +113,11 @@ class PromptTask(SupervisedTask):
         try:
             await self._started.wait()
         except get_cancelled_exc_class():
-            # Nobody will ever hold the response.
+            # Nobody will ever hold the response. Until the wrappers have settled the caller stays: once
+            # it has gone the event loop may end, and asyncio would interrupt them in the middle.
             self.cancel()
+            with anyio.CancelScope(shield=True):
+                await self.response.wait()
             raise
         if not self._running:
             self.response._raise_error()

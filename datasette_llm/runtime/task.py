@@ -305,12 +305,17 @@ class SupervisedTask:
                 raise PromptCancelled("the prompt was cancelled") from error
             raise
         except get_cancelled_exc_class() as stop:
+            if scope.cancel_called and native_cancel.take_back():
+                # The loop ends in the very moment in which we are cancelled: the scope lets it through.
+                raise PromptCancelled("the prompt was cancelled") from stop
             if not await self._owner_is_stopping(stop):
                 # A scope or a timeout that a wrapper opened around its yield: its business, not ours.
                 raise
             # The event loop is closing and cancels each task by itself, shield or not. The wrappers
             # get the exception they can settle with; run() then passes this one on.
             self._interruption = stop
+            # While asyncio still counts it, anyio's scopes take their own deadlines for it.
+            native_cancel.take_back()
             raise PromptCancelled("the event loop is closing") from stop
         except BaseException as stop:
             if not _ends_program(stop):

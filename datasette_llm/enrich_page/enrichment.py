@@ -7,7 +7,8 @@ are written as they arrive, a second job on the same column is told so. How a ba
 1. all rows are through: the rows that failed go to datasette-enrichments' log too;
 2. somebody paused or cancelled the job: prompts in flight are completed, since they are paid for (after
    a cancellation only for a moment), and the run ends; resuming begins with the rest of the batch;
-3. the provider fails every prompt, or the model is not to be had: the job is paused and says why;
+3. one prompt after the other fails, or the model is not to be had: the job is paused and says why; who
+   resumes it all the same gets one more batch, whose failures are logged;
 4. the job cannot work any more (its column was taken, say): the job is cancelled and says why.
 """
 
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 CANCEL_GRACE_SECONDS = 5.0
 #: How often a batch that is under way looks whether the job has been paused.
 STATUS_SECONDS = 0.5
-#: So many failures and no success, and the job is paused: the key is wrong, or the provider is down.
+#: So many failures in a row, and the job is paused: the key is wrong, the provider down, a budget spent.
 HOPELESS_FAILURES = 20
 #: How much of an error a job's page shows.
 SHOWN_CHARACTERS = 300
@@ -141,9 +142,10 @@ class PromptEnrichment(Enrichment):  # type: ignore[misc]  # datasette-enrichmen
         except (EnrichError, ModelNotFoundError) as error:
             await self._break_off(batch, self.Pause(str(error)))
         if batch.is_hopeless:
-            example = report.failures[0]
-            shown = f"{example.kind}: {example.example[:SHOWN_CHARACTERS]}"
-            await self._break_off(batch, self.Pause(f"none of {report.failed} prompts succeeded: {shown}"))
+            batch.run.job.insisted = True
+            last = batch.failed[-1]
+            shown = f"{last.kind}: {last.message[:SHOWN_CHARACTERS]}"
+            await self._break_off(batch, self.Pause(f"one prompt after the other failed: {shown}"))
         return report
 
     async def _break_off(self, batch: _Batch, why: Exception | None = None) -> NoReturn:
@@ -190,17 +192,20 @@ class _Batch:
         self.failed: list[Result] = []
         self.recorded = 0
         self._written: list[Result] = []
+        self._failed_in_a_row = 0
+        self._patient, run.job.insisted = run.job.insisted, False
         self._look_at = anyio.current_time() + STATUS_SECONDS
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether the provider has answered nothing but errors; a row's own errors do not count."""
-        refused = sum(result.kind != "row" for result in self.failed)
-        return refused >= HOPELESS_FAILURES and not self._written
+        """Whether the provider has answered nothing but errors for long; a row's own do not count."""
+        return self._failed_in_a_row >= HOPELESS_FAILURES and not self._patient
 
     def note(self, outcome: Outcome) -> None:
         self.failed += outcome.failed
         self._written += outcome.written
+        refused = sum(result.kind != "row" for result in outcome.failed)
+        self._failed_in_a_row = 0 if outcome.written else self._failed_in_a_row + refused
         if self.is_hopeless:
             self.job.stop("max_failures")
 

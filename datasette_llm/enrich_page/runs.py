@@ -35,12 +35,14 @@ class Job:
         newest: the run that was started last.
         working: held while a batch is under way.
         active: the batch under way.
+        insisted: the job was paused since prompts only failed, and somebody has resumed it, or will have.
         written: keys of rows written in a batch that was broken off, which is run again on resuming.
     """
 
     newest: Run | None = None
     working: anyio.Lock = field(default_factory=anyio.Lock)
     active: EnrichJob | None = None
+    insisted: bool = False
     written: set[tuple[SQLValue, ...]] = field(default_factory=set)
 
 

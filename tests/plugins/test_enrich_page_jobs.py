@@ -256,12 +256,28 @@ class TestFailures:
             assert (await site.ended())["status"] == "paused"
             assert enrichment.HOPELESS_FAILURES <= len(model.prompts) <= 100
             page = await site.get(JOB)
-            assert "prompts succeeded: PermissionError: the key is wrong" in page.text
+            assert "one prompt after the other failed: PermissionError: the key is wrong" in page.text
+            assert _progress(site) == 0
             broken = False
             await site.post(JOB + "/resume")
             job = await site.ended()
         assert (job["status"], job["done_count"], job["error_count"]) == ("finished", 300, 0)
         assert site.run("select count(*) from words where said is not null") == [(300,)]
+
+    async def test_who_resumes_all_the_same_gets_past_a_batch_that_only_fails(self, tmp_path: Path) -> None:
+        async def script(prompt: str) -> AsyncGenerator[str, None]:
+            if int(prompt.removeprefix("Say w")) <= 100:
+                raise ValueError("too long")
+            yield prompt
+
+        with registered(FakeModel(script)):
+            site = Site(tmp_path, *words(150), settings=TWO_AT_A_TIME)
+            await site.post(PAGE, FORM)
+            assert (await site.ended())["status"] == "paused"
+            await site.post(JOB + "/resume")
+            job = await site.ended()
+        assert (job["status"], job["done_count"], job["error_count"]) == ("finished", 150, 100)
+        assert _written(site) == 50
 
     async def test_a_model_that_is_taken_away_pauses_the_job(
         self, tmp_path: Path, small_batches: None
@@ -434,6 +450,31 @@ async def test_a_budget_is_reserved_once_a_batch_and_settled(tmp_path: Path, sma
     assert books.about == [("fake", "enrichments", "ana")] * 3
     assert books.settled == [30, 30, 15]
     assert books.balanced
+
+
+async def test_a_budget_that_is_spent_pauses_the_job(tmp_path: Path) -> None:
+    """Answers beyond a batch's reservation are refused after they were paid for: not many of them."""
+    accountant = pytest.importorskip("datasette_llm_accountant", reason="not installed")
+    from .bookkeeping import Books, TokenPrice
+
+    pm.register(accountant)
+    books = Books()
+    hooks = hooked(
+        register_llm_accountants=lambda: books, register_llm_accountant_pricing=lambda: TokenPrice()
+    )
+    with registered(FakeModel()), hooks:
+        enough_for_ten = {"default_reservation_nanocents": 30}
+        site = Site(
+            tmp_path,
+            *words(100),
+            settings=TWO_AT_A_TIME,
+            datasette_llm_accountant=enough_for_ten,
+        )
+        await site.post(PAGE, FORM)
+        assert (await site.ended())["status"] == "paused"
+        assert "one prompt after the other failed: ReservationExceededError" in (await site.get(JOB)).text
+    assert books.balanced
+    assert _written(site) == 10
 
 
 def _written(site: Site) -> int:

@@ -226,6 +226,21 @@ async def test_max_failures_stops_a_job_that_can_only_fail(file: TableFile) -> N
     assert "x RuntimeError, for instance row 2" in report.summary()
 
 
+async def test_a_refused_key_stops_the_job(file: TableFile) -> None:
+    class UnauthorizedError(Exception):
+        status_code = 401
+
+    async def answer(prompt: str) -> AsyncGenerator[str, None]:
+        raise UnauthorizedError("incorrect API key")
+        yield ""
+
+    with fake_model(answer) as model:
+        report = await file.enrich("t", "{{ body }}", column="answer", concurrency=2)
+    assert report.stopped == "key_refused"
+    assert "the API key is refused" in report.summary()
+    assert len(model.prompts) <= 2
+
+
 async def test_max_tokens_total_stops_at_about_the_budget(file: TableFile) -> None:
     with fake_model() as model:  # Two words in and one out: three tokens a row.
         report = await file.enrich("t", "{{ body }}", column="answer", concurrency=1, max_tokens_total=12)

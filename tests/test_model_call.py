@@ -85,3 +85,34 @@ async def test_a_streamed_answer_that_breaks_is_not_begun_again_for_its_reader()
         with pytest.raises(ConnectionError, match="gone"):
             await anext(reader)
     assert response.attempts == 1
+
+
+async def test_a_refused_key_is_not_tried_for_every_row(caplog: pytest.LogCaptureFixture) -> None:
+    async def refusing(prompt: str) -> AsyncGenerator[Any, None]:
+        await anyio.sleep(0.1)
+        raise RefusedError(401)
+        yield
+
+    fake = FakeModel(refusing)
+    with registered(fake):
+        async with LLM(datasette_with()).group("fake", concurrency=5) as model:
+            outcomes = [
+                (str(response.error), response.attempts) async for _, response in model.map(range(1_000))
+            ]
+    assert outcomes == [("refused with 401", 1)] * 5 + [("refused with 401", 0)] * 995
+    assert fake.counts["opened"] == 5
+    assert [record.message for record in caplog.records] == [
+        "The key for fake is refused: no more prompts of this group are sent to it"
+    ]
+
+
+async def test_a_key_that_has_worked_is_tried_again() -> None:
+    async def refusing_some(prompt: str) -> AsyncGenerator[Any, None]:
+        if prompt == "1":
+            raise RefusedError(401)
+        yield prompt
+
+    with registered(FakeModel(refusing_some)):
+        async with LLM(datasette_with()).group("fake", concurrency=1) as model:
+            outcomes = {item: response.error async for item, response in model.map(range(4))}
+    assert [item for item, error in outcomes.items() if error is not None] == [1]

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from .table import SQLValue
 
-StopReason = Literal["deadline", "max_failures", "max_tokens_total", "SIGINT", "SIGTERM", "stopped"]
+StopReason = Literal[
+    "deadline", "key_refused", "max_failures", "max_tokens_total", "SIGINT", "SIGTERM", "stopped"
+]
 
 _STOPPED = {
     "deadline": "the deadline has passed",
+    "key_refused": "the API key is refused",
     "max_failures": "too many rows failed",
     "max_tokens_total": "the tokens are spent",
     "SIGINT": "interrupted",

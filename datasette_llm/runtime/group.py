@@ -20,6 +20,7 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
+import anyio.lowlevel
 from anyio import get_cancelled_exc_class
 
 from .._compat import BaseExceptionGroup, ExceptionGroup
@@ -166,6 +167,13 @@ class Group(Supervisor):
         elif self._on_error == "cancel":
             self._errors.append(error)
 
+    def key_refused(self, error: Exception) -> None:
+        if self.refusal is None and not self.counters.succeeded:
+            logger.warning(
+                "The key for %s is refused: no more prompts of this group are sent to it", self.model_id
+            )
+            self.refusal = error
+
     def watch_failure(self, response: PromptResponse) -> None:
         """Remember a failed response, to say at the end that nobody read it."""
         if len(self._failed) >= FAILURES_KEPT:
@@ -226,6 +234,10 @@ class GroupBlock:
                     running.stop()
                 group.wind_down()
                 await group.idle()
+            elif isinstance(stop, PromptCancelled):
+                # Whoever cancels the block from outside cancels its prompts, and the body may hear of
+                # that first: the block is left with the cancellation, not with its echo.
+                await anyio.lowlevel.checkpoint_if_cancelled()
         except get_cancelled_exc_class() as cancellation:
             stop = cancellation
         if stop is not None:

@@ -121,8 +121,9 @@ class ModelCall:
         if self._started is None:
             self._started = started
         try:
-            response.attempts += 1
             self._begin()
+            self._check_refusal()
+            response.attempts += 1
             if self._settings.timeout is None:
                 await self._drive()
             else:
@@ -130,11 +131,27 @@ class ModelCall:
             outcome = _OK if slots.indifferent else self._answered(slots.now() - started)
         except Exception as error:
             failure = classify(error)
+            if failure.kind == "authentication" and failure.status != 403:
+                # 403 may be about this one request: a model, a region, a content.
+                self._key_refused(error)
             kind = failure.kind if failure.kind in ("throttled", "transient") else "failed"
             outcome = Outcome(kind, retry_after=failure.retry_after, seconds=slots.now() - started)
             raise
         finally:
             slots.release(outcome)
+
+    def _check_refusal(self) -> None:
+        refusal = self._task.supervisor.refusal
+        if refusal is not None and self._uses_chosen_key():
+            # Without its traceback, which would grow with every prompt.
+            raise refusal.with_traceback(None)
+
+    def _key_refused(self, error: Exception) -> None:
+        if self._uses_chosen_key():
+            self._task.supervisor.key_refused(error)
+
+    def _uses_chosen_key(self) -> bool:
+        return self._response._observed._key == self._task.choice.key
 
     def _answered(self, seconds: float) -> Outcome:
         return Outcome("ok", seconds=seconds, tokens=_used_tokens(self._response._observed))

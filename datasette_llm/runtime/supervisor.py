@@ -50,11 +50,14 @@ class Supervisor:
     Attributes:
         counters: what happened to its prompts.
         grace_seconds: how long a cancelled prompt's wrappers may take to settle.
+        refusal: the provider's error, once it has refused the key of all these prompts: it is then
+            everybody's error, and no more calls are made.
     """
 
     def __init__(self, *, grace_seconds: float = GRACE_SECONDS) -> None:
         self.counters = Counters()
         self.grace_seconds = grace_seconds
+        self.refusal: Exception | None = None
         self._tasks: TaskGroup | None = None
         self._backend = backend()
         self._door = LoopDoor()
@@ -79,6 +82,9 @@ class Supervisor:
         except RuntimeError:
             # It has ended meanwhile.
             task.never_ran()
+
+    def key_refused(self, error: Exception) -> None:
+        """Called when the provider refused a key. Prompts of different keys may have this owner."""
 
     def adopt(self, task: SupervisedTask) -> None:
         """Count a task as live that its caller is about to run inside this supervisor's tasks."""

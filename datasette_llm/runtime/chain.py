@@ -98,7 +98,7 @@ class Chain:
     def log_to_db(self, db: Any) -> None:
         """Record the responses so far in an llm log database (a ``sqlite_utils.Database``)."""
         for response in self._responses:
-            response.log_to_db(db)  # type: ignore[no-untyped-call]
+            response.log_to_db(db)
 
     def __getattr__(self, name: str) -> Any:
         # What llm's object says of itself: prompt, model, conversation, chain_limit, ...

@@ -32,7 +32,7 @@ from ..errors import ModelNotFoundError
 from ..facade import LLM
 from . import PURPOSE
 from .form import make_form, spec_fields
-from .runs import begin_run, current_run
+from .runs import current_run, new_run
 from .visitor import current_visitor
 
 if TYPE_CHECKING:
@@ -97,8 +97,8 @@ class PromptEnrichment(Enrichment):  # type: ignore[misc]  # datasette-enrichmen
         return job_id
 
     async def start_enrichment_in_process(self, datasette: Any, db: Any, job_id: int) -> None:
-        begin_run(datasette, db.name, job_id)
-        await super().start_enrichment_in_process(datasette, db, job_id)
+        with new_run(datasette, db.name, job_id):
+            await super().start_enrichment_in_process(datasette, db, job_id)
 
     async def enrich_batch(
         self,

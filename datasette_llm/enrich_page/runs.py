@@ -10,6 +10,7 @@ jobs keep their status, so datasette-enrichments starts them again with the serv
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from weakref import WeakKeyDictionary
 import anyio
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ..enrich.job import EnrichJob
     from ..enrich.table import SQLValue
 
@@ -61,11 +64,16 @@ _jobs: WeakKeyDictionary[Any, dict[tuple[str, int], Job]] = WeakKeyDictionary()
 _run: ContextVar[Run | None] = ContextVar("datasette_llm_enrich_run", default=None)
 
 
-def begin_run(datasette: Any, database: str, job_id: int) -> None:
-    """Make a new run of this job the newest; tasks started from here on belong to it."""
+@contextmanager
+def new_run(datasette: Any, database: str, job_id: int) -> Iterator[None]:
+    """Make a new run of this job the newest; tasks started inside of the block belong to it."""
     job = _jobs.setdefault(datasette, {}).setdefault((database, job_id), Job())
     job.newest = Run(job)
-    _run.set(job.newest)
+    token = _run.set(job.newest)
+    try:
+        yield
+    finally:
+        _run.reset(token)
 
 
 def current_run() -> Run:

@@ -138,6 +138,35 @@ async def test_an_actor_nobody_knows_any_more_is_their_id(tmp_path: Path) -> Non
     assert seen == [{"id": "ana"}]
 
 
+async def test_where_everybody_may_there_is_no_actor(tmp_path: Path) -> None:
+    seen: list[Any] = []
+    everybody = {"enrichments": True, "update-row": True, "alter-table": True}
+    with registered(FakeModel()), hooked(llm_prompt_context=lambda actor: seen.append(actor)):
+        site = Site(tmp_path, *words(1), permissions=everybody)
+        await site.post(PAGE, FORM, actor=None)
+        assert (await site.ended())["actor_id"] is None
+    assert seen == [None]
+
+
+async def test_a_batch_that_other_code_runs_by_itself(tmp_path: Path) -> None:
+    with registered(FakeModel()):
+        site = Site(tmp_path, *words(3))
+        await site.post(PAGE + "?id=1", FORM)
+        await site.ended()
+        site.run("update _enrichment_jobs set status = 'running'")
+        done = await enrichment.PromptEnrichment().enrich_batch(
+            site.datasette,
+            site.datasette.get_database("data"),
+            "words",
+            [{"id": 1}, {"id": 3}],
+            ["id"],
+            site.job(1)["config"],
+            1,
+        )
+        assert done == 2
+        assert site.run("select id from words where said is not null") == [(1,), (3,)]
+
+
 async def test_only_the_selected_rows_and_only_those_without_a_value(tmp_path: Path) -> None:
     with registered(model := FakeModel()):
         site = Site(tmp_path, *words(5))
@@ -416,12 +445,15 @@ async def test_a_server_that_stops_writes_what_was_answered_and_goes_on_later(
     tmp_path: Path, small_batches: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runs, "END_GRACE_SECONDS", 0.0)
-    with registered(model := FakeModel(gate := Gate(13))):
+
+    with registered(model := FakeModel(gate := Gate(13)), FakeModel(model_id="other")):
         site = Site(tmp_path, *words(30), settings=TWO_AT_A_TIME)
         if not hasattr(site.datasette, "invoke_shutdown"):
             pytest.skip("this Datasette tells nobody that it stops")
         await site.post(PAGE, FORM)
         await gate.reached.wait()
+        await site.post(PAGE + "?id=1", {**FORM, "model": "other", "column": "other"})
+        await site.ended(2)
         await site.datasette.invoke_shutdown()
         assert model.counts["opened"] == model.counts["closed"] == 15
         assert _written(site) == 13

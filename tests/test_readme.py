@@ -33,7 +33,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 FIGURES = re.compile(r"[\d,]+ tokens in, [\d,]+ out, [\d.,]+ s, [\d.,]+ rows/s")
 SET_UP = [
     "pip install -q uv && uv run datasette llm demo",
-    "pip install -q uv && uv run --isolated --group plugins pytest --cov",
+    "pip install -q uv && uv run --isolated --group plugins pytest -n auto --cov",
 ]
 
 

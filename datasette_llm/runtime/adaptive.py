@@ -24,7 +24,9 @@ FAST_GROWTH = 1.6
 #: of refusing would otherwise be given 500 requests before it has answered the first.
 UNPROVEN_FACTOR = 8
 #: With answers it grows to at most this many times the number in flight they were sent at.
-PROVEN_FACTOR = 4
+PROVEN_FACTOR = 6
+#: How much faster it grows, and without these bounds, when the pace follows what the provider announced.
+ANNOUNCED_GROWTH = 5
 #: Twice as many in flight must give at least this much more throughput, or growing stops. (1 is what a
 #: server gives that only queues, 2 one that has room; answers' times scatter.)
 WORTHWHILE = 1.3
@@ -67,6 +69,8 @@ class AdaptiveLimit:
         self._size = float(self.limit)
         self._levels = [_Level(self._size, now)]
         self._proven = 0.0
+        self._growth = FAST_GROWTH
+        self._announced = False
         self._pressed_at: float | None = None
         self._relaxed_at: float | None = None
         self._suspect: float | None = None
@@ -88,10 +92,16 @@ class AdaptiveLimit:
             self._relaxed_at = None
         if not self._slow:
             # Capped, since one long wait says no more than a short one.
-            self._resize(min(ceiling, self._size * math.exp(FAST_GROWTH * min(now - since, 0.25))), now)
+            self._resize(min(ceiling, self._size * math.exp(self._growth * min(now - since, 0.25))), now)
         elif now >= self._retry_at:
             self._resize(min(ceiling, self._size + max(1.0, self._size * 0.05)), now)
             self._schedule_retry(now)
+
+    def trust(self) -> None:
+        """The pace follows limits that the provider announces: they protect it, this number need not."""
+        if not self._announced:
+            self._announced = True
+            self._growth = ANNOUNCED_GROWTH * FAST_GROWTH
 
     def relax(self, now: float) -> None:
         """Nobody waits for the limit any more."""
@@ -104,7 +114,7 @@ class AdaptiveLimit:
             return math.inf
         if self._slow:
             return max(now, self._retry_at)
-        return now + max(0.005, math.log((self.limit + 1) / self._size) / FAST_GROWTH)
+        return now + max(0.005, math.log((self.limit + 1) / self._size) / self._growth)
 
     def answered(self, now: float, seconds: float) -> None:
         """A request was answered that had taken so many seconds."""
@@ -163,6 +173,8 @@ class AdaptiveLimit:
             self._schedule_retry(now)
 
     def _ceiling(self) -> float:
+        if self._announced:
+            return float(self.bounds.max)
         proven = max(UNPROVEN_FACTOR * self.bounds.start, PROVEN_FACTOR * self._proven)
         return float(min(self.bounds.max, proven))
 

@@ -207,6 +207,10 @@ class Throttle:
         sent_since = max(0, self._cooldowns.sent_since(now - age - 0.001) - 1)
         if self._announced.observe(now, headers, age, sent_since, refused=status in (429, 503, 529)):
             self._paced = True
+            if self._announced.requests.known:
+                for lane in self._adaptive_lanes.values():
+                    if lane.adaptive is not None:
+                        lane.adaptive.trust()
             if self._waiting:
                 self._dispatch(now)
 

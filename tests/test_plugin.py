@@ -158,7 +158,7 @@ async def _coroutine() -> list[Purpose]:
     return []
 
 
-@pytest.mark.parametrize("junk", [5, "a", ["a"], [None], _coroutine], ids=str)
+@pytest.mark.parametrize("junk", [5, "a", ["a"], [None], pytest.param(_coroutine, id="coroutine")], ids=str)
 def test_junk_among_purposes_is_left_out_with_a_warning(junk: Any, caplog: pytest.LogCaptureFixture) -> None:
     with (
         hooked(register_llm_purposes=lambda: junk() if callable(junk) else junk),

@@ -137,6 +137,23 @@ async def test_cancelled_in_a_cooldown_the_others_go_on() -> None:
     assert slots.in_use == 0
 
 
+@pytest.mark.parametrize("repetition", range(8))
+async def test_cancelling_those_who_watch_the_clock_together_leaves_nobody_waiting_forever(
+    repetition: int,
+) -> None:
+    # The order in which trio runs tasks is random: whoever is told to watch may be cancelled itself.
+    slots = a_throttle().slots(10)
+    assert slots.acquire_nowait()
+    slots.release(refusal(5))
+    with anyio.fail_after(20):
+        async with anyio.create_task_group() as group, anyio.create_task_group() as impatient:
+            for number in range(9):
+                (impatient if number % 3 != 1 else group).start_soon(slots.acquire)
+                await anyio.sleep(0.1)
+            impatient.cancel_scope.cancel()
+    assert slots.in_use == 3
+
+
 async def test_one_cooldown_for_everybody() -> None:
     throttle = a_throttle()
     one, other = throttle.slots(5), throttle.slots(ConcurrencyBounds())

@@ -356,8 +356,10 @@ class Throttle:
     def _appoint_leader(self) -> None:
         for lane in self._queues:
             if lane.waiters:
-                # The last in line: it will have to be replaced the latest.
-                lane.waiters[-1].event.set()
+                # The last in line: it will have to be replaced the latest. It is the leader from now on, so
+                # that it appoints another one even if it is cancelled before it runs.
+                self._leader = lane.waiters[-1]
+                self._leader.event.set()
                 return
 
     def _dispatch(self, now: float) -> None:

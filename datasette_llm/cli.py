@@ -114,7 +114,7 @@ def llm_group() -> None:
     "--max-failures",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Stop when N rows have failed: the key is wrong, or the provider is down.",
+    help="Stop when N rows have failed: the provider is down, say. By default, when 100 in a row have.",
 )
 @click.option(
     "--max-tokens-total",

@@ -9,7 +9,7 @@ import anyio
 import pytest
 
 from datasette_llm import ModelNotFoundError
-from datasette_llm.enrich import AlreadyRunning, EnrichInputError, EnrichJob, JobSpec, enrich, writer
+from datasette_llm.enrich import AlreadyRunning, EnrichInputError, EnrichJob, JobSpec, enrich, ledger, writer
 from datasette_llm.enrich.lock import only_job
 
 from .enrich_tables import TableFile, fake_model
@@ -224,6 +224,27 @@ async def test_max_failures_stops_a_job_that_can_only_fail(file: TableFile) -> N
     assert kinds["RuntimeError"].example == "wrong key *** for you"
     assert "sk-12345" not in str(file.run("select error from _llm_enrich_errors"))
     assert "x RuntimeError, for instance row 2" in report.summary()
+
+
+async def test_failures_in_a_row_stop_a_job_without_a_limit(
+    file: TableFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "FAILURES_IN_A_ROW", 3)
+
+    async def answer(prompt: str) -> AsyncGenerator[str, None]:
+        if prompt not in ("row 1", "row 4"):
+            raise RuntimeError("nobody there")
+        yield prompt
+
+    with fake_model(answer) as model:
+        report = await file.enrich("t", "{{ body }}", column="answer", concurrency=1)
+    assert report.stopped == "failing"
+    assert "in a row failed" in report.summary()
+    assert (report.written, len(model.prompts)) == (2, report.failed + 2)
+    assert report.failed in (5, 6)
+    with fake_model(answer):
+        report = await file.enrich("t", "{{ body }}", column="answer", concurrency=1, max_failures=20)
+    assert (report.stopped, report.failed) == (None, 8)
 
 
 async def test_a_refused_key_stops_the_job(file: TableFile) -> None:

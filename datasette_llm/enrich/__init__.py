@@ -79,7 +79,7 @@ async def enrich(
         overwrite: also ask about rows that have a value, and replace it.
         retry_failed: only ask about rows that are recorded as failed.
         dry_run: count, render the first prompts, send and write nothing.
-        max_failures: stop when so many rows have failed.
+        max_failures: stop when so many rows have failed; else when a hundred prompts in a row have.
         max_tokens_total: stop when about so many tokens, in and out, are spent.
         deadline: stop after so many seconds; prompts in flight are still completed.
         on_progress: called a few times a second with an `EnrichProgress`; may be async.

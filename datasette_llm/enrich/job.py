@@ -178,7 +178,7 @@ class EnrichJob:
             except PromptCancelled:
                 continue  # Neither answered nor failed: the row is for the next run.
             except Exception as error:
-                self._ledger.answer(failed=True)
+                self._ledger.answer(error)
                 if model.group.refusal is not None:
                     # Every other row would fail alike.
                     self.stop("key_refused")
@@ -198,7 +198,7 @@ class EnrichJob:
                 try:
                     prompt = plan.template.render(row.values)
                 except RowError as error:
-                    ledger.answer(failed=True)
+                    ledger.answer(error)
                     await writer.add(self._failure(row, error, attempts=0))
                 else:
                     yield _Work(row, prompt)

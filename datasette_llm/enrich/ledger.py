@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from .table import SQLValue
     from .writer import Outcome
 
+# So many failures with no success between them, and a job ends that has no limit of its own: the provider
+# is down, or a plugin's budget is spent and refuses answers that have been paid for.
+FAILURES_IN_A_ROW = 100
+
 
 class Ledger:
     """Counts the rows of a job, and decides when it is over.
@@ -42,6 +46,7 @@ class Ledger:
         self._pulled = 0
         self._answered = 0
         self._failed = 0
+        self._failed_in_a_row = 0
         self._failures: dict[str, FailureKind] = {}
         # Rows that were pulled and are not settled yet, in the order of their keys.
         self._unsettled: dict[tuple[SQLValue, ...], None] = {}
@@ -60,9 +65,14 @@ class Ledger:
         self._last_pulled = row.key
         self._unsettled[row.key] = None
 
-    def answer(self, *, failed: bool = False) -> None:
+    def answer(self, error: Exception | None = None) -> None:
         self._answered += 1
-        self._failed += failed
+        if error is None:
+            self._failed_in_a_row = 0
+            return
+        self._failed += 1
+        # What is wrong with one row says nothing about the next.
+        self._failed_in_a_row += not isinstance(error, RowError)
 
     def settle(self, report: EnrichReport, outcome: Outcome) -> None:
         """Enter what a transaction did."""
@@ -88,6 +98,8 @@ class Ledger:
             return True
         if spec.max_failures is not None and self._failed >= spec.max_failures:
             self.stopping = "max_failures"
+        elif spec.max_failures is None and self._failed_in_a_row >= FAILURES_IN_A_ROW:
+            self.stopping = "failing"
         elif spec.deadline is not None and self.elapsed >= spec.deadline:
             self.stopping = "deadline"
         elif spec.max_tokens_total is not None and self._tokens_spoken_for() >= spec.max_tokens_total:

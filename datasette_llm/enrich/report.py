@@ -9,11 +9,12 @@ if TYPE_CHECKING:
     from .table import SQLValue
 
 StopReason = Literal[
-    "deadline", "key_refused", "max_failures", "max_tokens_total", "SIGINT", "SIGTERM", "stopped"
+    "deadline", "failing", "key_refused", "max_failures", "max_tokens_total", "SIGINT", "SIGTERM", "stopped"
 ]
 
 _STOPPED = {
     "deadline": "the deadline has passed",
+    "failing": "a hundred prompts in a row failed; --max-failures N allows N failures",
     "key_refused": "the API key is refused",
     "max_failures": "too many rows failed",
     "max_tokens_total": "the tokens are spent",

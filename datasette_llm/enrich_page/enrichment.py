@@ -117,7 +117,9 @@ class PromptEnrichment(Enrichment):  # type: ignore[misc]  # datasette-enrichmen
             before = await _recorded(db, job_id)
             todo = tuple(key for key in keys if key not in run.job.written)
             actor = await _actor(datasette, actor_id)
-            spec = _spec(db, table, config, actor=actor, only=NamedRows(tuple(pks), todo))
+            only = NamedRows(tuple(pks), todo)
+            # How many failures are too many is decided here.
+            spec = _spec(db, table, config, actor=actor, only=only, max_failures=len(rows) + 1)
             batch = _Batch(run, db, job_id, spec)
             try:
                 report = await self._run_batch(datasette, batch)
@@ -146,6 +148,8 @@ class PromptEnrichment(Enrichment):  # type: ignore[misc]  # datasette-enrichmen
             last = batch.failed[-1]
             shown = f"{last.kind}: {last.message[:SHOWN_CHARACTERS]}"
             await self._break_off(batch, self.Pause(f"one prompt after the other failed: {shown}"))
+        if report.stopped == "key_refused":
+            await self._break_off(batch, self.Pause(f"the API key is refused: {report.failures[0].example}"))
         return report
 
     async def _break_off(self, batch: _Batch, why: Exception | None = None) -> NoReturn:

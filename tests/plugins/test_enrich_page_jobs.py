@@ -293,6 +293,28 @@ class TestFailures:
         assert (job["status"], job["done_count"], job["error_count"]) == ("finished", 300, 0)
         assert site.run("select count(*) from words where said is not null") == [(300,)]
 
+    async def test_a_refused_key_pauses_the_job_at_once(self, tmp_path: Path) -> None:
+        class UnauthorizedError(Exception):
+            status_code = 401
+
+        refused = True
+
+        async def script(prompt: str) -> AsyncGenerator[str, None]:
+            if refused:
+                raise UnauthorizedError("incorrect API key")
+            yield prompt
+
+        with registered(model := FakeModel(script)):
+            site = Site(tmp_path, *words(50), settings=TWO_AT_A_TIME)
+            await site.post(PAGE, FORM)
+            assert (await site.ended())["status"] == "paused"
+            assert "the API key is refused: incorrect API key" in (await site.get(JOB)).text
+            assert len(model.prompts) <= 2
+            refused = False
+            await site.post(JOB + "/resume")
+            job = await site.ended()
+        assert (job["status"], job["error_count"], _written(site)) == ("finished", 0, 50)
+
     async def test_who_resumes_all_the_same_gets_past_a_batch_that_only_fails(self, tmp_path: Path) -> None:
         async def script(prompt: str) -> AsyncGenerator[str, None]:
             if int(prompt.removeprefix("Say w")) <= 100:

@@ -34,6 +34,7 @@ class SimulatedProvider:
         round_trip: seconds the network takes for a request and its answer together.
         headers: announces the bucket, ``"per minute"`` or by ``"capacity"``, ``"anthropic"`` or ``"window"``.
         retry_after: ``"exact"``, ``"ceiling"`` (whole seconds) or ``None``.
+        client_delay: seconds a busy client takes, at most, from the throttle's word to the network.
         random_refusals: share of the requests that get a 429 for no reason.
         random_wait: the seconds these are told to wait.
     """
@@ -47,6 +48,7 @@ class SimulatedProvider:
     round_trip: float = 0.005
     headers: str | None = None
     retry_after: str | None = "ceiling"
+    client_delay: float = 0.0
     random_refusals: float = 0.0
     random_wait: float = 1.0
     seed: int = 1
@@ -63,6 +65,11 @@ class SimulatedProvider:
         self._level = self.burst
         self._at: float | None = None
         self._desk = anyio.Semaphore(self.workers) if self.workers else None
+
+    async def delay(self) -> None:
+        """What the client itself takes before a request is on its way."""
+        if self.client_delay:
+            await anyio.sleep(self.client_delay * self._random.random())
 
     async def answer(self, prompt: int) -> tuple[int, dict[str, str], float | None]:
         """Answer one request: status, headers, retry-after."""
@@ -171,12 +178,14 @@ async def send_all(
             if not slots.acquire_nowait(1):
                 await slots.acquire(1, first=attempt > 0)
             stir()
+            granted = anyio.current_time()
+            await provider.delay()
             began = anyio.current_time()
             status, headers, retry_after = await provider.answer(prompt)
             if provider.headers:
                 throttle.observe(status, headers, anyio.current_time() - began)
             limits.append(slots.limit)
-            seconds = anyio.current_time() - began
+            seconds = anyio.current_time() - granted
             if status == 200:
                 slots.release(Outcome("ok", seconds=seconds))
                 return True

@@ -22,8 +22,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 #: So much of the provider's bucket is left alone, at most: requests do not arrive as evenly as they are sent.
-MARGIN, MARGIN_SHARE = 3.0, 0.15
+MARGIN, MARGIN_SECONDS, MARGIN_SHARE = 3.0, 0.05, 0.15
 
+#: From so many used requests on the provider's rounding does not matter.
+FEW_USED = 4
+#: How much of a request, at most, one response raises what is thought to remain: 2 % of the rate.
+RAISE = 0.02
 #: Requests sent within so many seconds of each other may arrive in another order.
 SAME_MOMENT_SECONDS = 0.002
 #: How long a window is thought to be whose length has not been seen.
@@ -219,16 +223,17 @@ class AnnouncedBucket:
             return
         self._newest_sent = sent
         held = self._history_level[min(first, after - 1) : after]
-        # Providers round down what remains. Downward at once: somebody else may use the same limit. Upward in
-        # steps: it may be late news.
-        correction = min(0.0, remaining + 1 - held[-1]) + 0.3 * max(0.0, remaining - held[0])
+        # Providers round down what remains. Downward at once: somebody else may use the same limit. Upward
+        # slowly: what was let through here and is still on its way there looks as if it remained.
+        correction = min(0.0, remaining + 1 - held[-1]) + RAISE * min(1.0, max(0.0, remaining - held[0]))
         if correction:
             bucket.level = min(bucket.capacity, bucket.level + correction)
             for later in range(min(first, after - 1), len(self._history_level)):
                 self._history_level[later] += correction
 
     def _margin(self) -> float:
-        return min(MARGIN, MARGIN_SHARE * self._most_seen)
+        rate = 0.0 if self._bucket is None else self._bucket.rate
+        return min(MARGIN + MARGIN_SECONDS * rate, MARGIN_SHARE * self._most_seen)
 
     def _look_for_window(self, sent: float, used: float, reset: float | None) -> None:
         """Tell a window from a bucket, which is full again the later the more is taken."""
@@ -247,9 +252,12 @@ class AnnouncedBucket:
         per_minute = limit / 60 if limit > 0 else None
         used = limit - remaining
         if reset and used >= 1:
-            # Weighted by what was used: of that, the rounding is the smaller part the more it is.
-            self._used_sum = 0.95 * self._used_sum + max(0.5, used - 0.5)
-            self._reset_sum = 0.95 * self._reset_sum + reset
+            # Providers round down what remains, but not what is left of a full bucket: when little was used
+            # this may only raise the rate.
+            exactly = used - 0.5 if used >= FEW_USED else used
+            if used >= FEW_USED or exactly * self._reset_sum >= self._used_sum * reset:
+                self._used_sum = 0.95 * self._used_sum + exactly
+                self._reset_sum = 0.95 * self._reset_sum + reset
         if self._reset_sum <= 0 or used != used:
             return per_minute
         by_reset = self._used_sum / self._reset_sum

@@ -97,15 +97,25 @@ class Spy:
 
 
 @contextmanager
-def watched(model: FakeModel, *spies: Spy, config: dict[str, Any] | None = None) -> Iterator[LLM]:
-    """Yield a facade that knows this model and these plugins, the first of them outermost."""
+def watched(
+    model: FakeModel,
+    *spies: Spy,
+    config: dict[str, Any] | None = None,
+    datasette: Datasette | None = None,
+) -> Iterator[LLM]:
+    """Yield a facade that knows this model and these plugins, the first of them outermost.
+
+    Args:
+        config: settings of datasette-llm.
+        datasette: one to use instead of a new one with these settings.
+    """
     with registered(model):
         for spy in reversed(spies):
             # pluggy calls the plugin first that was registered last.
             pm.register(spy)
         try:
             plugins = {"datasette-llm": {"default_model": model.model_id, **(config or {})}}
-            yield LLM(Datasette(config={"plugins": plugins}))
+            yield LLM(datasette or Datasette(config={"plugins": plugins}))
         finally:
             for spy in spies:
                 pm.unregister(spy)

@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import sys
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
 from anyio import get_cancelled_exc_class
+from datasette.app import Datasette
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -271,13 +273,19 @@ class Model(FakeModel):
                 await anyio.sleep(plan.stubborn)
 
 
+@cache
+def datasette_of(backend: str) -> Datasette:
+    """One for all plans: a Datasette object is never freed, and there may be ten thousand."""
+    settings = {"default_model": "fake", "retries": {"attempts": 2, "timeout": 20}}
+    return Datasette(config={"plugins": {"datasette-llm": settings}})
+
+
 @pytest.mark.timeout(3600)
 @settings(settings.get_profile("random cancellations"))
 @given(plan=st.lists(jobs, min_size=1, max_size=4), wrapped=st.booleans())
 async def test_whatever_is_cancelled_nothing_is_left(plan: list[Job], wrapped: bool) -> None:
     model, spies = Model(), [Spy("outer"), Spy("inner")] if wrapped else []
-    config = {"retries": {"attempts": 2, "timeout": 20}}
-    with watched(model, *spies, config=config) as llm:
+    with watched(model, *spies, datasette=datasette_of(backend())) as llm:
         world = World(plan, llm, model, spies)
         async with nothing_left():
             await world.run()

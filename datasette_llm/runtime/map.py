@@ -111,7 +111,7 @@ class MapRun(Generic[T]):
         # Pulled, and not yet taken by the loop.
         self._outstanding = 0
         self._results: deque[tuple[T, PromptResponse]] = deque()
-        self._news = anyio.Event()
+        self._news: anyio.Event | None = None
         self._idle: deque[anyio.Event] = deque()
         # Workers that have been woken and have not looked for an item yet.
         self._waking = 0
@@ -148,6 +148,8 @@ class MapRun(Generic[T]):
                 if self._error is not None:
                     raise self._error
                 raise StopAsyncIteration
+            if self._news is None:
+                self._news = anyio.Event()
             await self._news.wait()
         pair = self._results.popleft()
         self._outstanding -= 1
@@ -174,8 +176,9 @@ class MapRun(Generic[T]):
         self._tell_loop()
 
     def _tell_loop(self) -> None:
-        news, self._news = self._news, anyio.Event()
-        news.set()
+        if self._news is not None:
+            self._news.set()
+            self._news = None
 
     # The source's side
 
@@ -195,7 +198,8 @@ class MapRun(Generic[T]):
         if self._feeder is not None:
             if self.has_room:
                 self._feeder.wake()
-        elif self._outstanding + self._waking < self._capacity and not self.exhausted:
+        elif not self._waking and self._outstanding < self._capacity and not self.exhausted:
+            # The one that is woken wakes the next, if there is room for it then.
             self.wake_worker()
 
     def pulled(self) -> None:

@@ -27,6 +27,8 @@ TOKEN_BURST_SECONDS = 6.0
 SAFETY = 0.99
 #: Part of a known reserve at the provider that is used up on purpose.
 RESERVE_USED = 0.8
+#: How late a busy machine may be: what was not sent in that time is made up for.
+LATE_SECONDS = 0.1
 #: Refusals of single requests that contradict the rate, after which it is given up.
 UNEXPLAINED = 3
 #: After so many seconds without a refusal the rate is tried upward, by this share a second at first.
@@ -180,7 +182,8 @@ class FoundRate:
             self.bucket = None
             return
         reserve = min(burst, rate * (now - empty_at)) * RESERVE_USED if self.measured else 0.0
-        self.bucket = Bucket(rate * SAFETY, max(1.0, burst * RESERVE_USED), max(1.0, reserve), now)
+        capacity = max(1.0, burst * RESERVE_USED, rate * LATE_SECONDS)
+        self.bucket = Bucket(rate * SAFETY, capacity, max(1.0, reserve), now)
 
     def _solve(self, sent: Sequence[float]) -> tuple[float, float]:
         self.measured = len(self._refusals) > 1

@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -28,6 +27,7 @@ from anyio.lowlevel import RunVar, checkpoint, current_token
 from .adaptive import AdaptiveLimit
 from .announced import AnnouncedLimits
 from .cooldown import Cooldowns
+from .lanes import Lane, Waiter
 from .pacing import fixed_buckets
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Slots:
 
     __slots__ = ("_lane", "_throttle", "in_use", "throttled_seconds")
 
-    def __init__(self, throttle: Throttle, lane: _Lane) -> None:
+    def __init__(self, throttle: Throttle, lane: Lane) -> None:
         self._throttle = throttle
         self._lane = lane
         self.in_use = 0
@@ -120,48 +120,11 @@ class Slots:
                 self._throttle._give_back(self, tokens)
                 raise
             return
-        await self._throttle._wait(_Waiter(self, tokens), first=first)
+        await self._throttle._wait(Waiter(self, tokens), first=first)
 
     def release(self, outcome: Outcome) -> None:
         """Give the slot back, and say how the call went."""
         self._throttle._release(self, outcome)
-
-
-class _Lane:
-    """Those who share one limit on calls in flight, and the queue of those who wait for it."""
-
-    __slots__ = ("adaptive", "blocked_seconds", "blocked_since", "fixed", "in_use", "waiters")
-
-    def __init__(self, limit: int | AdaptiveLimit) -> None:
-        self.adaptive = limit if isinstance(limit, AdaptiveLimit) else None
-        self.fixed = limit if isinstance(limit, int) else 0
-        self.in_use = 0
-        self.waiters: deque[_Waiter] = deque()
-        # How long somebody with a slot at hand was kept waiting by cooldown or pace.
-        self.blocked_seconds = 0.0
-        self.blocked_since: float | None = None
-
-    @property
-    def limit(self) -> int:
-        return self.fixed or self.adaptive.limit  # type: ignore[union-attr]
-
-    def note_blocked(self, now: float, blocked: bool) -> None:
-        if self.blocked_since is not None:
-            self.blocked_seconds += now - self.blocked_since
-        self.blocked_since = now if blocked else None
-
-
-class _Waiter:
-    __slots__ = ("blocked_before", "event", "granted", "scope", "slots", "ticket", "tokens")
-
-    def __init__(self, slots: Slots, tokens: int) -> None:
-        self.slots = slots
-        self.tokens = tokens
-        self.granted = False
-        self.event = anyio.Event()
-        self.scope: anyio.CancelScope | None = None
-        self.ticket = 0
-        self.blocked_before = 0.0
 
 
 class Throttle:
@@ -174,25 +137,25 @@ class Throttle:
         self._fixed_requests, self._fixed_tokens = fixed_buckets(settings.rate_limit, self._now())
         self._announced = AnnouncedLimits()
         self._cooldowns = Cooldowns(model_id, settings.retries.timeout, self._cut, self._refused_alone)
-        self._adaptive_lanes: dict[ConcurrencyBounds, _Lane] = {}
+        self._adaptive_lanes: dict[ConcurrencyBounds, Lane] = {}
         # Whether anything but the lanes can make somebody wait.
         self._paced = self._fixed_requests is not None or self._fixed_tokens is not None
         self._in_use = 0
         self._estimated_tokens = 0.0
         # Those who wait: in which lanes, how many, and who of them watches the clock.
-        self._queues: list[_Lane] = []
+        self._queues: list[Lane] = []
         self._waiting = 0
-        self._leader: _Waiter | None = None
+        self._leader: Waiter | None = None
         self._last_ticket = 0
         self._first_ticket = 0
 
     def slots(self, concurrency: int | ConcurrencyBounds) -> Slots:
         """Return a new view: with a limit of its own, or sharing the adaptive one with these bounds."""
         if isinstance(concurrency, int):
-            return Slots(self, _Lane(max(1, concurrency)))
+            return Slots(self, Lane(max(1, concurrency)))
         lane = self._adaptive_lanes.get(concurrency)
         if lane is None:
-            lane = self._adaptive_lanes[concurrency] = _Lane(AdaptiveLimit(concurrency, self._now()))
+            lane = self._adaptive_lanes[concurrency] = Lane(AdaptiveLimit(concurrency, self._now()))
         return Slots(self, lane)
 
     def observe(self, status: int, headers: Mapping[str, str], age: float = 0.0) -> None:
@@ -269,7 +232,7 @@ class Throttle:
         if self._waiting:
             self._dispatch(self._now())
 
-    def _learn(self, lane: _Lane, outcome: Outcome) -> None:
+    def _learn(self, lane: Lane, outcome: Outcome) -> None:
         now = self._now()
         if self._paced:
             # Which estimate was this call's is not known, only what all that run were estimated at.
@@ -305,7 +268,7 @@ class Throttle:
             if lane.adaptive is not None:
                 lane.adaptive.refused_alone(now, accepted)
 
-    async def _wait(self, waiter: _Waiter, *, first: bool) -> None:
+    async def _wait(self, waiter: Waiter, *, first: bool) -> None:
         """Wait in the queue until somebody lets this waiter start."""
         slots, lane = waiter.slots, waiter.slots._lane
         self._enqueue(waiter, first=first)
@@ -338,7 +301,7 @@ class Throttle:
                 self._leader = None
                 self._appoint_leader()
 
-    def _enqueue(self, waiter: _Waiter, *, first: bool) -> None:
+    def _enqueue(self, waiter: Waiter, *, first: bool) -> None:
         lane = waiter.slots._lane
         if not lane.waiters and lane not in self._queues:
             self._queues.append(lane)
@@ -390,9 +353,9 @@ class Throttle:
         if self._leader is not None and self._leader.scope is not None and not self._leader.granted:
             self._leader.scope.deadline = self._next_opening(now)
 
-    def _next_lane(self, now: float) -> _Lane | None:
+    def _next_lane(self, now: float) -> Lane | None:
         """Return the lane with room whose first waiter has waited longest."""
-        chosen: _Lane | None = None
+        chosen: Lane | None = None
         for lane in self._queues:
             if not lane.waiters:
                 continue

@@ -1,0 +1,241 @@
+"""What a failed model call means: whether it may be tried again, and how long the provider asks to wait.
+
+``classify()`` reads an exception and everything in its chain; it imports no provider's SDK. An answer
+that only looks complete is found out by ``check_complete()``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+import anyio
+import llm
+
+from datasette_llm._compat import BaseExceptionGroup
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+Kind = Literal["throttled", "transient", "permanent", "authentication"]
+
+#: Answers with which a provider says "not so fast": everybody's business, not only this prompt's.
+_THROTTLED = frozenset({429, 503, 529})
+_AUTHENTICATION = frozenset({401, 403})
+#: 408 and 409 are what the OpenAI and Anthropic clients retry themselves; 425 is "too early".
+_TRANSIENT = frozenset({408, 409, 425})
+
+#: Libraries whose transport errors are recognised by class name, since they need not be installed.
+_TRANSPORTS = frozenset({"httpx", "httpx2", "httpcore", "httpcore2", "aiohttp", "h11", "h2"})
+_NOT_TRANSIENT = frozenset({"UnsupportedProtocol", "LocalProtocolError", "InvalidURL"})
+_TRANSPORT_ERRORS = frozenset(
+    {
+        "TransportError", "TimeoutException", "NetworkError", "RemoteProtocolError",
+        "ClientConnectionError", "ClientPayloadError", "ServerTimeoutError",
+    }
+)  # fmt: skip
+#: What SDKs that share the OpenAI client's design raise around a transport error.
+_SDK_CONNECTION_ERRORS = frozenset({"APIConnectionError", "APITimeoutError"})
+
+
+class IncompleteAnswer(ConnectionError):
+    """A streamed answer ended without the provider's finish marker: part of it is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What an exception means for a retry.
+
+    Attributes:
+        kind: ``throttled`` and ``transient`` failures may be retried, the others never.
+        retry_after: seconds the provider asked to wait, if it did.
+        status: the HTTP status, if there was an answer.
+    """
+
+    kind: Kind
+    retry_after: float | None = None
+    status: int | None = None
+
+
+_PERMANENT = Failure("permanent")
+
+
+def classify(exc: BaseException) -> Failure:
+    """Say what a failed model call means, from the exception, its causes and a group's members.
+
+    The first exception of the chain that tells something decides, the outermost first.
+    """
+    for error in _chain(exc):
+        failure = _classify_one(error)
+        if failure is not None:
+            return failure
+    return _PERMANENT
+
+
+def _chain(exc: BaseException) -> Iterator[BaseException]:
+    pending, seen = [exc], set[int]()
+    while pending:
+        error = pending.pop()
+        if id(error) in seen:
+            continue
+        seen.add(id(error))
+        yield error
+        inner = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        if inner is not None:
+            pending.append(inner)
+        if isinstance(error, BaseExceptionGroup):
+            pending.extend(reversed(error.exceptions))
+
+
+def _classify_one(error: BaseException) -> Failure | None:
+    if isinstance(error, llm.NeedsKeyException):
+        return Failure("authentication")
+    status = _status(error)
+    if status is not None:
+        return _classify_status(status, error)
+    if isinstance(error, llm.ModelError):
+        # A plugin's own words for a failure: what it wraps tells more, if it wraps anything.
+        return None
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return Failure("transient")
+    names = {(cls.__module__.partition(".")[0], cls.__name__) for cls in type(error).__mro__}
+    if any(name in _SDK_CONNECTION_ERRORS for _, name in names):
+        return Failure("transient")
+    if any(module in _TRANSPORTS and name in _TRANSPORT_ERRORS for module, name in names):
+        return None if type(error).__name__ in _NOT_TRANSIENT else Failure("transient")
+    if isinstance(error, json.JSONDecodeError):
+        return Failure("transient") if _was_raised_in_sdk(error) else None
+    code = getattr(error, "code", None) or getattr(error, "type", None)
+    if isinstance(code, str):
+        # An error inside of a stream that had begun with status 200.
+        return Failure(_CODES[code]) if code in _CODES else None
+    if isinstance(error, OSError) and not isinstance(error, _FILE_ERRORS):
+        return Failure("transient")
+    if isinstance(error, (anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream)):
+        return Failure("transient")
+    return None
+
+
+#: Error codes and types of OpenAI's and Anthropic's error objects.
+_CODES: dict[str, Kind] = {
+    "rate_limit_exceeded": "throttled",
+    "rate_limit_error": "throttled",
+    "overloaded_error": "throttled",
+    "server_error": "transient",
+    "api_error": "transient",
+    "internal_server_error": "transient",
+    "timeout": "transient",
+    "timeout_error": "transient",
+}
+
+
+def _was_raised_in_sdk(error: BaseException) -> bool:
+    """Broken JSON on the wire is read by an SDK; broken JSON that a model wrote is read by llm."""
+    frame = error.__traceback__
+    while frame is not None:
+        if frame.tb_frame.f_globals.get("__name__", "").partition(".")[0] in _WIRE_READERS:
+            return True
+        frame = frame.tb_next
+    return False
+
+
+_WIRE_READERS = _TRANSPORTS | {"openai", "anthropic"}
+
+#: OSErrors of this machine's file system say nothing about the provider.
+_FILE_ERRORS = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
+
+
+def _classify_status(status: int, error: BaseException) -> Failure:
+    headers = _headers(error)
+    wait = retry_after_seconds(headers) if headers is not None else None
+    if status in _THROTTLED:
+        if status == 429 and _says_quota_is_used_up(error):
+            return Failure("permanent", status=status)
+        return Failure("throttled", wait, status)
+    if status >= 500 or status in _TRANSIENT:
+        # 501 and 505 say that this server will never do what was asked.
+        return Failure("permanent" if status in (501, 505) else "transient", wait, status)
+    return Failure("authentication" if status in _AUTHENTICATION else "permanent", status=status)
+
+
+def _status(error: BaseException) -> int | None:
+    response = getattr(error, "response", None)
+    for holder, name in (
+        (error, "status_code"), (error, "status"), (error, "code"), (error, "http_status"),
+        (response, "status_code"), (response, "status"),
+    ):  # fmt: skip
+        value = getattr(holder, name, None)
+        if isinstance(value, int) and not isinstance(value, bool) and 400 <= value < 600:
+            return value
+    return None
+
+
+def _headers(error: BaseException) -> Mapping[str, str] | None:
+    headers = getattr(getattr(error, "response", None), "headers", None) or getattr(error, "headers", None)
+    return headers if hasattr(headers, "get") else None
+
+
+def _says_quota_is_used_up(error: BaseException) -> bool:
+    """OpenAI answers 429 also when the account has no money left: waiting does not help."""
+    return getattr(error, "code", None) == "insufficient_quota"
+
+
+def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
+    """Return how long the headers ask to wait: ``retry-after-ms``, or ``Retry-After`` (seconds or a date)."""
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        text = headers.get(name) or headers.get(name.title())
+        if not text:
+            continue
+        try:
+            seconds = float(text) * unit
+        except ValueError:
+            try:
+                date = parsedate_to_datetime(text)
+            except (TypeError, ValueError):
+                continue
+            if date.tzinfo is None:
+                date = date.replace(tzinfo=datetime.timezone.utc)
+            seconds = (date - datetime.datetime.now(datetime.timezone.utc)).total_seconds()
+        if seconds == seconds and seconds != float("inf"):  # neither nan nor inf
+            return max(0.0, seconds)
+    return None
+
+
+def check_complete(response: llm.AsyncResponse) -> None:
+    """Make sure that an OpenAI-family model's streamed answer did not end half-way.
+
+    llm takes a stream that just ends for a complete answer. The provider's last chunk carries a finish
+    reason (a status, for the Responses API): without one, something is missing.
+
+    Raises:
+        IncompleteAnswer: if so. Other models' responses, and unstreamed ones, are never doubted.
+    """
+    if not response.stream:
+        return
+    family = _openai_family(response.model)
+    if family is None:
+        return
+    said: Any = response.response_json
+    if family == "responses" and not getattr(response.prompt.options, "chat_completions", None):
+        # llm sets it from the event response.completed, and from nothing else.
+        complete = bool(said)
+    else:
+        # llm drops keys whose value is None.
+        complete = isinstance(said, dict) and bool(said.get("finish_reason"))
+    if not complete:
+        raise IncompleteAnswer("the answer's stream ended before the provider said that it was complete")
+
+
+def _openai_family(model: Any) -> Literal["chat", "responses"] | None:
+    from llm.default_plugins import openai_models
+
+    responses = getattr(openai_models, "AsyncResponses", None)
+    if responses is not None and isinstance(model, responses):
+        # A subclass with its own execute() may fill response_json in its own way.
+        return "responses" if type(model).execute is responses.execute else None
+    if isinstance(model, openai_models.AsyncChat):
+        return "chat" if type(model).execute is openai_models.AsyncChat.execute else None
+    return None

@@ -38,6 +38,7 @@ class PromptTask(SupervisedTask):
     """
 
     on_begin: Callable[[], None] | None = None
+    _started: anyio.Event | None = None
 
     def __init__(
         self,
@@ -56,7 +57,6 @@ class PromptTask(SupervisedTask):
         self.response = PromptResponse(ask(), on_cancel=self.cancel, reply_with=reply_with)
         self._ask = ask
         self._call = ModelCall(self, self.response, ask, slots, choice.settings)
-        self._started: anyio.Event | None = None
 
     async def work(self) -> None:
         if self._turn is not None:

@@ -51,6 +51,17 @@ class PromptResponse(llm.AsyncResponse):
 
     attempts: int = 0
 
+    # How nearly every response begins, and most end: in the class, since a million of them may be made.
+    _finished = False
+    _error: Exception | None = None
+    _traceback: TracebackType | None = None
+    _error_seen = False
+    _was_streamed = False
+    #: What the model call came to, for the prompt's own wrappers and callbacks.
+    _answered = False
+    _answer_error: Exception | None = None
+    _default_reader: TextReader | None = None
+
     def __init__(
         self,
         observed: llm.AsyncResponse,
@@ -64,19 +75,10 @@ class PromptResponse(llm.AsyncResponse):
         self._on_cancel: Callable[[], None] | None = on_cancel
         self._reply_with = reply_with
         self._events: list[StreamEvent] = []
-        self._finished = False
-        self._error: Exception | None = None
-        self._traceback: TracebackType | None = None
-        self._error_seen = False
-        self._was_streamed = False
         self._bells: set[MemoryObjectSendStream[None]] = set()
-        # What the model call came to, for the prompt's own wrappers and callbacks.
-        self._answered = False
-        self._answer_error: Exception | None = None
         # One event per waiting task: on trio, plugins wait on the hosted asyncio loop.
         self._waiters: set[anyio.Event] = set()
         self._callbacks: list[Any] = []
-        self._default_reader: TextReader | None = None
 
     # What readers see
 

@@ -103,6 +103,17 @@ class SupervisedTask:
 
     is_chain = False
 
+    # How every task begins: in the class, since a million of them may be made.
+    #: What the wrappers are given; there is none while nobody wraps the prompt.
+    result: PromptResult | None = None
+    cancelled = False
+    ended = False
+    _complete = False
+    _failure: Exception | None = None
+    _patience: CancelScope | None = None
+    _inner: CancelScope | None = None
+    _interruption: BaseException | None = None
+
     def __init__(
         self,
         supervisor: Supervisor,
@@ -115,19 +126,10 @@ class SupervisedTask:
     ) -> None:
         self.supervisor = supervisor
         self.choice = choice
-        #: What the wrappers are given; there is none while nobody wraps the prompt.
-        self.result: PromptResult | None = None
-        self.cancelled = False
-        self.ended = False
-        self._complete = False
-        self._failure: Exception | None = None
         self._datasette = datasette
         self._prompt = prompt
         self._group = group
         self._turn = turn
-        self._patience: CancelScope | None = None
-        self._inner: CancelScope | None = None
-        self._interruption: BaseException | None = None
 
     # What the subclass says
 

@@ -10,4 +10,6 @@
 - ``measure`` one measurement, in a process of its own
 - ``scenarios`` what is measured, against which ideal and which target
 - ``report`` table, JSON, ``README.md``; ``chart`` the SVG
+
+Beside them, two long runs: ``soak`` (with its ``load`` and ``gauges``) and ``kill``.
 """

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from . import report
 from .chart import write_chart
-from .launch import ROOT, running_server
+from .launch import ROOT, own_environment, running_server
 from .models import KEY
 from .scenarios import Scenario, all_scenarios
 from .work import Result
@@ -33,12 +33,7 @@ def measuring() -> Iterator[Callable[[Work], Result | None]]:
     machine is seen. It returns ``None`` for a measurement that failed, which says why itself.
     """
     with tempfile.TemporaryDirectory() as directory:
-        environment = os.environ | {
-            "DATASETTE_LOAD_PLUGINS": "datasette-secrets,datasette-llm",
-            "LLM_LOAD_PLUGINS": "",
-            "LLM_USER_PATH": directory,
-            "OPENAI_API_KEY": KEY,
-        }
+        environment = own_environment(directory) | {"OPENAI_API_KEY": KEY}
         with subprocess.Popen(
             [sys.executable, "-m", "benchmarks.measure"],
             cwd=ROOT,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -17,6 +18,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def own_environment(directory: str | Path) -> dict[str, str]:
+    """Return an environment that shows no plugin, configuration or key of this machine.
+
+    Args:
+        directory: where llm then has its files: models, aliases, keys.
+    """
+    return os.environ | {
+        "DATASETTE_LOAD_PLUGINS": "datasette-secrets,datasette-llm",
+        "LLM_LOAD_PLUGINS": "",
+        "LLM_USER_PATH": str(directory),
+    }
 
 
 class Server:

@@ -51,7 +51,12 @@ def registered(url: str) -> Iterator[None]:
         @llm.hookimpl
         def register_models(self, register: Callable[..., None]) -> None:
             if url:
-                options: dict[str, Any] = {"model_name": MODEL_ID, "api_base": url, "key": KEY}
+                options: dict[str, Any] = {
+                    "model_name": MODEL_ID,
+                    "api_base": url,
+                    "key": KEY,
+                    "supports_tools": True,
+                }
                 both = [kind(MODEL_ID, **options) for kind in (Chat, AsyncChat)]
                 register(*both)
             else:

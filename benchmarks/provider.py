@@ -214,6 +214,11 @@ class Provider:
         build = self._streamed if stream else self._unstreamed
         return build(request, text, usage, limits, delay, fault, prompt)
 
+    def sent(self, prompt: str) -> None:
+        """Count the answer to a prompt, which has been sent in full."""
+        self.counts.answered += 1
+        self.counts.complete[prompt] += 1
+
     def _unstreamed(
         self,
         request: dict[str, Any],
@@ -224,14 +229,18 @@ class Provider:
         fault: str | None,
         prompt: str,
     ) -> Reply:
-        message = {"role": "assistant", "content": text}
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        calls = _tool_calls(request, prompt)
+        if calls:
+            message |= {"content": None, "tool_calls": calls}
+        finish = "tool_calls" if calls else "stop"
         content = json.dumps(
             {
                 "id": f"chatcmpl-{self.counts.requests}",
                 "object": "chat.completion",
                 "created": 1,
                 "model": request.get("model", "bench"),
-                "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+                "choices": [{"index": 0, "message": message, "finish_reason": finish}],
                 "usage": usage,
             }
         ).encode()
@@ -256,14 +265,18 @@ class Provider:
             f'{{"id":"chatcmpl-{self.counts.requests}","object":"chat.completion.chunk","created":1,'
             f'"model":{json.dumps(request.get("model", "bench"))},"choices":'
         )
-        count = max(1, min(self.settings.chunks, len(text)))
-        cuts = [number * len(text) // count for number in range(count + 1)]
-        pieces = [text[start:stop] for start, stop in pairwise(cuts)]
-        events = [
-            f'{before}[{{"index":0,"delta":{{"role":"assistant","content":{json.dumps(piece)}}},'
-            f'"finish_reason":null}}]}}'
-            for piece in pieces
-        ]
+        calls = _tool_calls(request, prompt)
+        if calls:
+            deltas = [
+                json.dumps({"role": "assistant", "tool_calls": [{"index": index, **call}]})
+                for index, call in enumerate(calls)
+            ]
+        else:
+            count = max(1, min(self.settings.chunks, len(text)))
+            cuts = [number * len(text) // count for number in range(count + 1)]
+            pieces = [text[start:stop] for start, stop in pairwise(cuts)]
+            deltas = [f'{{"role":"assistant","content":{json.dumps(piece)}}}' for piece in pieces]
+        events = [f'{before}[{{"index":0,"delta":{delta},"finish_reason":null}}]}}' for delta in deltas]
         parts = [_chunk(f"data: {event}\n\n".encode()) for event in events]
         reply = Reply(200, parts, delay, self.settings.chunk_seconds, counted=True)
         half = max(1, len(parts) // 2)
@@ -274,7 +287,8 @@ class Provider:
         elif fault == "broken_sse":
             reply.parts = [*parts[:half], _chunk(b'data: {"id":"chatcmpl-\n\n'), b"0\r\n\r\n"]
         else:
-            finish = f'data: {before}[{{"index":0,"delta":{{}},"finish_reason":"stop"}}]}}\n\n'
+            reason = "tool_calls" if calls else "stop"
+            finish = f'data: {before}[{{"index":0,"delta":{{}},"finish_reason":"{reason}"}}]}}\n\n'
             if (request.get("stream_options") or {}).get("include_usage"):
                 finish += f'data: {before}[],"usage":{json.dumps(usage)}}}\n\n'
             parts.append(_chunk(f"{finish}data: [DONE]\n\n".encode()) + b"0\r\n\r\n")
@@ -378,6 +392,24 @@ def _last_text(messages: list[dict[str, Any]]) -> str:
     if isinstance(content, str):
         return content
     return "".join(part.get("text", "") for part in content)
+
+
+def _tool_calls(request: dict[str, Any], prompt: str) -> list[dict[str, Any]]:
+    """A call of each tool that the request offers, once: not any more when it carries their results."""
+    if request["messages"][-1].get("role") == "tool":
+        return []
+    functions = [tool["function"] for tool in request.get("tools") or []]
+    return [
+        {
+            "id": f"call_{number}",
+            "type": "function",
+            "function": {
+                "name": function["name"],
+                "arguments": json.dumps(dict.fromkeys(function["parameters"].get("properties", {}), prompt)),
+            },
+        }
+        for number, function in enumerate(functions)
+    ]
 
 
 def _answer(request: dict[str, Any], prompt: str) -> str:

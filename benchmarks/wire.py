@@ -143,8 +143,7 @@ class Connection(asyncio.Protocol):
         if reply.counted:
             counts.running -= 1
         if reply.prompt is not None:
-            counts.answered += 1
-            counts.complete[reply.prompt] += 1
+            self._provider.sent(reply.prompt)
         if self._last or reply.then == "close":
             self._transport.close()
         elif self._buffer:

@@ -25,7 +25,7 @@ from llm.parts import StreamEvent
 from ..errors import PromptCancelled
 from .loops import LoopDoor
 from .model_call import ModelCall
-from .response import EventReader, PromptResponse
+from .response import EventReader, PromptResponse, used_tokens
 from .task import SupervisedTask
 from .tools import attachments_of, execute_tool_calls, pending_tool_calls, tool_message
 
@@ -384,9 +384,7 @@ class ChainTask(SupervisedTask):
             await self.result._succeeded()
         await response._run_callbacks()
         response._finish(None)
-        counters = self.supervisor.counters
-        counters.input_tokens += response._observed.input_tokens or 0
-        counters.output_tokens += response._observed.output_tokens or 0
+        self.supervisor.counters.count_tokens(*used_tokens(response))
         return response
 
     async def _run_tools(
@@ -403,6 +401,10 @@ class ChainTask(SupervisedTask):
             )
 
         return await self.interruptible(run)
+
+    def tokens(self) -> tuple[int, int]:
+        used = [used_tokens(response) for response in self._chain._responses]
+        return sum(sent for sent, _ in used), sum(received for _, received in used)
 
     def finish(self, error: Exception | None) -> None:
         chain = self._chain

@@ -9,8 +9,9 @@ from anyio import get_cancelled_exc_class
 
 from ..errors import PromptCancelled
 from .model_call import ModelCall
-from .response import PromptResponse
+from .response import PromptResponse, used_tokens
 from .task import SupervisedTask, misplaced
+from .tracing import prompt_span
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,9 +87,12 @@ class PromptTask(SupervisedTask):
         if self._started is not None:
             self._started.set()
 
+    def tokens(self) -> tuple[int, int]:
+        return used_tokens(self.response)
+
     def finish(self, error: Exception | None) -> None:
         if error is None:
-            self.supervisor.counters.count_usage(self.response._observed)
+            self.supervisor.counters.count_tokens(*self.tokens())
         self.response._finish(error)
         if error is not None and not isinstance(error, PromptCancelled):
             self.supervisor.watch_failure(self.response)
@@ -131,14 +135,15 @@ class PromptTask(SupervisedTask):
         """
         error: Exception | None = PromptCancelled("the prompt was cancelled")
         self.supervisor.counters.waiting += 1
-        try:
-            await self._call.run()
-            error = None
-        except Exception as failure:
-            error = failure
-        except get_cancelled_exc_class() as stop:
-            if not await self.is_misplaced(stop):
-                raise
-            error = misplaced(stop)
-        finally:
-            self._end(error)
+        with prompt_span(self.choice, "chat") as self._span:
+            try:
+                await self._call.run()
+                error = None
+            except Exception as failure:
+                error = failure
+            except get_cancelled_exc_class() as stop:
+                if not await self.is_misplaced(stop):
+                    raise
+                error = misplaced(stop)
+            finally:
+                self._end(error)

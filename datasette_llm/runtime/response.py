@@ -346,6 +346,13 @@ async def _call_back(callback: Any, response: llm.AsyncResponse) -> None:
         await value
 
 
+def used_tokens(response: PromptResponse) -> tuple[int, int]:
+    """How many tokens a response sent and received, if its model says so with numbers."""
+    observed = response._observed
+    sent, received = observed.input_tokens, observed.output_tokens
+    return sent if isinstance(sent, int) else 0, received if isinstance(received, int) else 0
+
+
 class EventReader:
     """One reader of a response: an async iterator with a position of its own.
 

@@ -13,7 +13,6 @@ from .datasette_side import backend
 from .loops import LoopDoor
 
 if TYPE_CHECKING:
-    import llm
     from anyio.abc import TaskGroup
 
     from .response import PromptResponse
@@ -36,12 +35,10 @@ class Counters:
     input_tokens: int = 0
     output_tokens: int = 0
 
-    def count_usage(self, response: llm.AsyncResponse) -> None:
-        """Add what a response has used, if its model says so with numbers."""
-        if isinstance(response.input_tokens, int):
-            self.input_tokens += response.input_tokens
-        if isinstance(response.output_tokens, int):
-            self.output_tokens += response.output_tokens
+    def count_tokens(self, sent: int, received: int) -> None:
+        """Add what a prompt has used."""
+        self.input_tokens += sent
+        self.output_tokens += received
 
 
 class Supervisor:

@@ -34,9 +34,12 @@ from .._compat import BaseExceptionGroup
 from ..errors import PromptCancelled
 from . import native_cancel
 from .hook_scope import PromptResult, entered, find_wrappers
+from .tracing import describe_end, prompt_span
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
+
+    from opentelemetry.trace import Span
 
     from .choice import Choice
     from .conversation import Turn
@@ -113,6 +116,7 @@ class SupervisedTask:
     _patience: CancelScope | None = None
     _inner: CancelScope | None = None
     _interruption: BaseException | None = None
+    _span: Span | None = None
 
     def __init__(
         self,
@@ -142,6 +146,10 @@ class SupervisedTask:
 
     async def after(self) -> None:
         """Do what comes once the wrappers are left, callbacks of the caller for one."""
+
+    def tokens(self) -> tuple[int, int]:
+        """How many tokens it sent and received, as far as its model says."""
+        raise NotImplementedError
 
     def finish(self, error: Exception | None) -> None:
         """Tell the readers that it has ended. Must not raise."""
@@ -182,17 +190,18 @@ class SupervisedTask:
         """
         error: Exception | None = PromptCancelled("the task was stopped before it could settle")
         self.supervisor.counters.waiting += 1
-        try:
-            with self.abandonable("a callback"):
-                error = await self._live()
-        except PromptCancelled as abandoned:
-            error = abandoned
-        except get_cancelled_exc_class() as stop:
-            if not await self.is_misplaced(stop):
-                raise
-            error = misplaced(stop)
-        finally:
-            self._end(error)
+        with prompt_span(self.choice, "chain" if self.is_chain else "chat") as self._span:
+            try:
+                with self.abandonable("a callback"):
+                    error = await self._live()
+            except PromptCancelled as abandoned:
+                error = abandoned
+            except get_cancelled_exc_class() as stop:
+                if not await self.is_misplaced(stop):
+                    raise
+                error = misplaced(stop)
+            finally:
+                self._end(error)
         if self._interruption is not None:
             raise self._interruption
 
@@ -353,6 +362,9 @@ class SupervisedTask:
 
     def _end(self, error: Exception | None) -> None:
         self.ended = True
+        if self._span is not None:
+            describe_end(self._span, error, *self.tokens())
+            self._span = None
         counters = self.supervisor.counters
         self.leave_phase(counters)
         if error is None or isinstance(error, llm.PauseChain):

@@ -1,0 +1,103 @@
+"""Spans for whoever traces Datasette: one per prompt, nothing of what was said."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from datasette_llm import LLM
+from datasette_llm.runtime import tracing
+from tests.fakes import FakeModel, registered
+from tests.hooks import datasette_with, hooked
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator
+
+
+@pytest.fixture
+def spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
+    """The spans that have ended, on a provider of this test's own."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
+    monkeypatch.setattr(tracing, "_tracer", provider.get_tracer("test"))
+    return exporter
+
+
+async def test_a_prompt_is_a_span_with_its_model_purpose_and_tokens(spans: InMemorySpanExporter) -> None:
+    with registered(FakeModel()):
+        model = await LLM(datasette_with()).model("fake", purpose="testing")
+        await (await model.prompt("one two three")).text()
+        async with LLM(datasette_with()).group("fake") as group:
+            async for _, _response in group.map(["four"]):
+                pass
+        await group_chain()
+    ended = spans.get_finished_spans()
+    assert [span.name for span in ended] == ["chat fake", "chat fake", "chain fake"]
+    assert dict(ended[0].attributes or {}) == {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.request.model": "fake",
+        "datasette_llm.purpose": "testing",
+        "gen_ai.usage.input_tokens": 3,
+        "gen_ai.usage.output_tokens": 1,
+    }
+
+
+async def group_chain() -> None:
+    async with LLM(datasette_with()).group("fake") as model:
+        await model.chain("five").text()
+
+
+async def test_a_wrappers_span_is_a_child_and_holds_during_the_model_call(
+    spans: InMemorySpanExporter, anyio_backend: tuple[str, Any]
+) -> None:
+    if anyio_backend[0] == "trio":
+        pytest.skip("on trio, wrappers run on Datasette's side, in a context of their own")
+    current = []
+
+    async def script(prompt: str) -> AsyncGenerator[str, None]:
+        current.append(trace.get_current_span().get_span_context().span_id)
+        yield "answer"
+
+    @asynccontextmanager
+    async def wrapper(result: Any) -> AsyncIterator[None]:
+        with tracing._tracer.start_as_current_span("wrapper"):
+            yield
+
+    with (
+        registered(FakeModel(script)),
+        hooked(llm_prompt_context=lambda datasette: wrapper),
+    ):
+        model = await LLM(datasette_with()).model("fake")
+        await (await model.prompt("x")).text()
+    inner, outer = spans.get_finished_spans()
+    assert (inner.name, outer.name) == ("wrapper", "chat fake")
+    assert inner.parent is not None
+    assert outer.context is not None
+    assert inner.parent.span_id == outer.context.span_id
+    assert inner.context is not None
+    assert current == [inner.context.span_id]
+
+
+async def test_an_error_is_named_and_not_quoted(spans: InMemorySpanExporter) -> None:
+    async def script(prompt: str) -> AsyncGenerator[str, None]:
+        raise ValueError("incorrect key sk-12345")
+        yield ""
+
+    with registered(FakeModel(script)):
+        model = await LLM(datasette_with()).model("fake")
+        response = await model.prompt("secret question")
+        with pytest.raises(ValueError, match="incorrect key"):
+            await response.text()
+    (span,) = spans.get_finished_spans()
+    assert span.attributes is not None
+    assert span.attributes["error.type"] == "ValueError"
+    assert "sk-12345" not in span.to_json()
+    assert "secret question" not in span.to_json()

@@ -125,7 +125,7 @@ class WrappedAsyncModel:
         choice = self._choice
         root = root_supervisor()
         throttle = get_throttle(choice.key, choice.model_id, choice.settings)
-        slots = throttle.slots(choice.settings.concurrency)
+        slots = root.slots_of(throttle, choice.settings.concurrency)
         if self._clients is not root.clients:
             # The first prompt on this event loop: clients of an earlier one are closed.
             vars(choice.model).pop("get_client", None)

@@ -116,3 +116,16 @@ async def test_a_key_that_has_worked_is_tried_again() -> None:
         async with LLM(datasette_with()).group("fake", concurrency=1) as model:
             outcomes = {item: response.error async for item, response in model.map(range(4))}
     assert [item for item, error in outcomes.items() if error is not None] == [1]
+
+
+async def test_a_fixed_concurrency_bounds_standalone_prompts_together() -> None:
+    fake = FakeModel(seconds=1)
+    with registered(fake):
+        llm = LLM(datasette_with({"concurrency": 3}))
+        async with anyio.create_task_group() as tasks:
+            for number in range(10):
+                model = await llm.model("fake")
+                tasks.start_soon(model.prompt, str(number))
+        await (await model.prompt("last")).text()
+    assert fake.counts["opened"] == 11
+    assert fake.counts["peak"] == 3

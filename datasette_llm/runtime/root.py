@@ -25,7 +25,9 @@ from .clients import ClientPool
 from .supervisor import GRACE_SECONDS, Supervisor
 
 if TYPE_CHECKING:
+    from .policy import ConcurrencyBounds
     from .task import SupervisedTask
+    from .throttle import Slots, Throttle
 
 logger = logging.getLogger("datasette_llm")
 
@@ -42,6 +44,7 @@ class RootSupervisor(Supervisor):
     def __init__(self) -> None:
         super().__init__()
         self.clients = ClientPool()
+        self._slots: dict[tuple[Throttle, int | ConcurrencyBounds], Slots] = {}
         self.closing = False
         # asyncio itself would let a task be collected that nobody holds; the RunVar holds this.
         self.task: asyncio.Task[None] | None = None
@@ -58,6 +61,13 @@ class RootSupervisor(Supervisor):
         else:
             super().start(task)
         self._woken.set()
+
+    def slots_of(self, throttle: Throttle, concurrency: int | ConcurrencyBounds) -> Slots:
+        """The slots that all standalone prompts to one model share: a fixed number bounds them together."""
+        known = self._slots.get((throttle, concurrency))
+        if known is None:
+            known = self._slots[throttle, concurrency] = throttle.slots(concurrency)
+        return known
 
     async def run(self) -> None:
         """Own the prompts until there are none left to own."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
+import trio
 
 from datasette_llm import PromptCancelled
 from datasette_llm._compat import BaseExceptionGroup
@@ -383,3 +384,43 @@ async def test_exit_hooks_may_return_anything(answer: Any) -> None:
         async with llm.group() as group:
             await group.prompt("hi")
     assert len(spy.exits) == 1
+
+
+async def connecting(prompt: str) -> AsyncGenerator[Any, None]:
+    """Wait in tasks side by side, as a library does that connects to several addresses."""
+    if backend() == "trio":
+        async with trio.open_nursery() as tasks:
+            tasks.start_soon(trio.sleep_forever)
+            tasks.start_soon(trio.sleep_forever)
+            await trio.sleep_forever()
+    async with anyio.create_task_group() as group:
+        group.start_soon(anyio.sleep_forever)
+        await anyio.sleep_forever()
+    yield
+
+
+async def test_a_timeout_while_a_library_connects_is_a_timeout() -> None:
+    with watched(FakeModel(connecting), config={"timeout": 5, "retries": {"attempts": 2}}) as llm:
+        response = await (await llm.model()).prompt("x")
+        with pytest.raises(TimeoutError):
+            await response.text()
+    assert response.attempts == 2
+
+
+@pytest.mark.parametrize("way", ["response", "scope"])
+async def test_cancelled_while_a_library_connects(way: str) -> None:
+    spy = Spy()
+    with watched(FakeModel(connecting), spy) as llm:
+        async with nothing_left():
+            with anyio.CancelScope() as scope:
+                async with llm.group() as group:
+                    response = await group.prompt("x")
+                    await anyio.sleep(1)
+                    if way == "response":
+                        response.cancel()
+                    else:
+                        scope.cancel()
+        with pytest.raises(PromptCancelled):
+            await response.text()
+    spy.check()
+    assert [type(visit.saw) for visit in spy.visits] == [PromptCancelled]

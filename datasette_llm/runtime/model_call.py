@@ -13,6 +13,7 @@ import anyio
 
 from .._compat import BaseExceptionGroup
 from . import native_cancel
+from .datasette_side import backend
 from .retry import check_complete, classify, retrying
 from .throttle import Outcome
 
@@ -222,6 +223,13 @@ def _give_up(observed: llm.AsyncResponse) -> None:
 def _is_ours(error: BaseException) -> bool:
     """Whether an exception from a model goes on as it is: errors, and what stops prompt or program."""
     if isinstance(error, BaseExceptionGroup):
+        if backend() == "trio":
+            # Tasks that a library ran side by side, to connect say, are cancelled together: the scope
+            # that was cancelled takes the cancellations out of the group.
+            _, rest = error.split(anyio.get_cancelled_exc_class())
+            if rest is None:
+                return True
+            error = rest
         return isinstance(error, Exception) or error.subgroup(_PROGRAM_STOPS) is not None
     if isinstance(error, anyio.get_cancelled_exc_class()):
         return not native_cancel.is_stray(error)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,15 @@ class TableFile:
     def run_many(self, sql: str, rows: Any) -> None:
         with closing(sqlite3.connect(self.path)) as conn, conn:
             conn.executemany(sql, rows)
+
+    def leave_half_written(self, sql: str) -> None:
+        """Have a program killed in the middle of this statement, after a part of it reached the disk."""
+        script = (
+            "import os, signal, sqlite3, sys; conn = sqlite3.connect(sys.argv[1]);"
+            "conn.execute('pragma cache_size = 1');"
+            "conn.execute(sys.argv[2]); os.kill(os.getpid(), signal.SIGKILL)"
+        )
+        subprocess.run([sys.executable, "-c", script, self.path, sql], check=False)
 
     def datasette(self, **kwargs: Any) -> Any:
         datasette = Datasette([self.path], **kwargs)

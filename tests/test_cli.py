@@ -61,6 +61,19 @@ def test_enrich_and_again(backend: str, file: TableFile) -> None:
     assert len(model.prompts) == 5
 
 
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_after_a_kill_in_the_middle_of_a_write_the_same_command_goes_on(
+    backend: str, file: TableFile, tmp_path: Path
+) -> None:
+    file.run_many("insert into t(body) values (?)", [("x" * 4_000,) for _ in range(50)])
+    file.leave_half_written("update t set answer = body")
+    assert (tmp_path / "data.db-journal").exists()
+    with fake_model() as model:
+        result = run_enrich(file, "--column", "answer", "--backend", backend)
+    assert result.exit_code == 0, result.output
+    assert len(model.prompts) == 55
+
+
 def test_failed_rows_exit_1_with_counts_and_a_way_on(file: TableFile) -> None:
     async def answer(prompt: str) -> Any:
         if prompt in ("row 2", "row 3"):

@@ -20,6 +20,7 @@ import anyio
 from datasette_llm._compat import BaseExceptionGroup
 from datasette_llm.runtime.datasette_side import call, open_side
 
+from .database import recover
 from .job import EnrichJob, raise_bare
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ async def started_datasette(make: Callable[[], Any]) -> AsyncIterator[Any]:
     async with open_side():
         datasette = await call(make)
         try:
+            # Starting reads the schemas, on connections that may not write.
+            for database in datasette.databases.values():
+                if database.path is not None and database.is_mutable:
+                    await recover(database)
             await call(datasette.invoke_startup)
             yield datasette
         finally:

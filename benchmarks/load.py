@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from .gauges import Books
 
+KINDS = ("map", "prompts", "alone", "chain", "conversation")
 #: How an episode is stopped; most often not at all.
 WAYS = ("", "", "", "", "body", "scope", "deadline", "response", "model", "task", "leave")
 #: What the provider does, a prompt takes some 50 ms.
@@ -90,6 +91,11 @@ class Load:
         self.outcomes: Counter[str] = Counter()
         self.problems: list[str] = []
 
+    async def warm_up(self, random: Random) -> None:
+        """Have done everything once, with what libraries import and keep when it is first done."""
+        for kind in KINDS:
+            await Episode(self, random, kind=kind, way="").run()
+
     async def run(self, workers: list[Random], seconds: float) -> None:
         """Keep as many episodes going as there are sources of randomness, for so long."""
         until = anyio.current_time() + seconds
@@ -123,11 +129,13 @@ class Load:
 class Episode:
     """One use of the package, and what stops it."""
 
-    def __init__(self, load: Load, random: Random) -> None:
+    def __init__(
+        self, load: Load, random: Random, *, kind: str | None = None, way: str | None = None
+    ) -> None:
         self.load = load
         self.random = random
-        self.kind = random.choice((self.map, self.prompts, self.alone, self.chain, self.conversation))
-        self.way = random.choice(WAYS)
+        self.kind = getattr(self, random.choice(KINDS) if kind is None else kind)
+        self.way = random.choice(WAYS) if way is None else way
         if self.way == "task" and backend() == "trio":
             self.way = "scope"  # Only asyncio has a cancellation of single tasks.
         self.scope = anyio.CancelScope()

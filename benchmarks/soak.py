@@ -106,6 +106,7 @@ async def soak(server: Server, *, seconds: float, every: float, seed: int, worke
             load = Load(LLM(datasette), books)
             began = time.monotonic()
             randoms = [Random(f"{seed}/{number}") for number in range(workers)]
+            await load.warm_up(randoms[0])
             await load.run(randoms, min(WARM_UP_SECONDS, seconds))
             start = await at_rest(books, server, began)
             print(Figures.heading(), flush=True)

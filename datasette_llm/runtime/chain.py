@@ -378,11 +378,18 @@ class ChainTask(SupervisedTask):
             self._group._responses._keep(response)
         self._chain._responses.append(response)
         self._chain._tell_readers()
-        await self.interruptible(ModelCall(self, response, ask, self._slots, self.choice.settings).run)
+        response._enter_context()
+        try:
+            await self.interruptible(ModelCall(self, response, ask, self._slots, self.choice.settings).run)
+        except Exception as error:
+            response._answer(error)
+            raise
+        response._answer()
         self._between_turns = True
-        if self.result is not None:
-            await self.result._succeeded()
-        await response._run_callbacks()
+        with self.abandonable("a callback"):
+            if self.result is not None:
+                await self.result._succeeded()
+            await response._run_callbacks()
         response._finish(None)
         self.supervisor.counters.count_tokens(*used_tokens(response))
         return response

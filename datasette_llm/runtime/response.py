@@ -25,10 +25,10 @@ from ..errors import PromptCancelled
 from .tools import execute_tool_calls, tool_message
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from types import TracebackType
 
-    from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+    from anyio.streams.memory import MemoryObjectSendStream
     from llm.parts import StreamEvent
 
 #: The response whose own wrappers or callbacks run in this context. They end before readers are let go,
@@ -279,21 +279,13 @@ class PromptResponse(llm.AsyncResponse):
     def _publish(self, event: StreamEvent) -> None:
         self._events.append(event)
         if self._bells:
-            self._ring()
+            ring(self._bells)
 
     def _publish_all(self) -> None:
         """Every event of the observed response at once, for an answer that was asked for unstreamed."""
         self._events = self._observed._stream_events
         if self._bells:
-            self._ring()
-
-    def _ring(self) -> None:
-        for bell in self._bells:
-            try:
-                bell.send_nowait(None)
-            except (anyio.WouldBlock, anyio.BrokenResourceError):
-                # It is ringing already, or its reader is just leaving.
-                pass
+            ring(self._bells)
 
     async def _run_callbacks(self) -> None:
         """Run what readers registered with ``on_done`` so far, in order; the first error ends it."""
@@ -322,7 +314,7 @@ class PromptResponse(llm.AsyncResponse):
         for event in self._waiters:
             event.set()
         if self._bells:
-            self._ring()
+            ring(self._bells)
 
     def _finish(self, error: Exception | None) -> None:
         """End the prompt; idempotent, the first call counts."""
@@ -353,11 +345,21 @@ def used_tokens(response: PromptResponse) -> tuple[int, int]:
     return sent if isinstance(sent, int) else 0, received if isinstance(received, int) else 0
 
 
+def ring(bells: Iterable[MemoryObjectSendStream[None]]) -> None:
+    """Wake the readers that wait at these doors."""
+    for bell in bells:
+        try:
+            bell.send_nowait(None)
+        except anyio.WouldBlock:
+            # It is ringing already.
+            pass
+
+
 class EventReader:
     """One reader of a response: an async iterator with a position of its own.
 
-    It waits at a memory channel of one slot, opened only if it ever catches up with the model. Closed by
-    the end of the response, by ``aclose()`` and by being dropped; then the iteration is over.
+    Where it has caught up with the model it waits at a memory channel of one slot, which exists no longer
+    than that wait: a reader can be dropped anywhere and leaves nothing behind.
     """
 
     def __init__(self, response: PromptResponse) -> None:
@@ -365,7 +367,6 @@ class EventReader:
         self._position = 0
         self._closed = False
         self._bell: MemoryObjectSendStream[None] | None = None
-        self._doorbell: MemoryObjectReceiveStream[None] | None = None
 
     def __aiter__(self) -> EventReader:
         return self
@@ -386,25 +387,26 @@ class EventReader:
         raise StopAsyncIteration
 
     async def _wait_at_door(self) -> None:
-        if self._doorbell is None:
-            self._bell, self._doorbell = anyio.create_memory_object_stream[None](1)
-            self._response._bells.add(self._bell)
-        await self._doorbell.receive()
+        bells = self._response._bells
+        bell, door = anyio.create_memory_object_stream[None](1)
+        with bell, door:
+            self._bell = bell
+            bells.add(bell)
+            try:
+                await door.receive()
+            finally:
+                bells.discard(bell)
+                self._bell = None
 
     def close(self) -> None:
         """Stop reading; what the model still sends stays readable for others."""
         self._closed = True
-        if self._bell is not None and self._doorbell is not None:
-            self._response._bells.discard(self._bell)
-            self._bell.close()
-            self._doorbell.close()
-            self._bell = self._doorbell = None
+        if self._bell is not None:
+            # Another task waits in this very reader.
+            ring([self._bell])
 
     async def aclose(self) -> None:
         """Stop reading, as ``contextlib.aclosing`` calls it."""
-        self.close()
-
-    def __del__(self) -> None:
         self.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 import shutil
 import subprocess
@@ -56,8 +57,13 @@ class Browser:
         return str(self._do("GET", "url"))
 
     def text(self, css: str = "body") -> str:
-        """Return what a person reads there."""
-        return str(self._do("GET", f"element/{self._find(css)}/text"))
+        """Return what a person reads there; nothing, if there is no such place."""
+        # In one step: between finding an element and reading it, the page may replace it.
+        return str(self.run(f"return document.querySelector({json.dumps(css)})?.innerText ?? ''"))
+
+    def sees(self, text: str, css: str = "body") -> None:
+        """Wait until a text is to be read there."""
+        self.until(lambda: text in self.text(css))
 
     def type(self, css: str, text: str) -> None:
         """Replace what is in a field."""
@@ -74,14 +80,15 @@ class Browser:
     def run(self, script: str) -> Any:
         return self._do("POST", "execute/sync", {"script": script, "args": []})
 
-    def until(self, is_so: Callable[[], bool], *, reload: bool = False) -> None:
-        """Wait for something that the page does by itself, or the server behind it."""
+    def until(self, is_so: Callable[[], bool], *, page: str | None = None) -> None:
+        """Wait for something that this page does by itself, or for what opening ``page`` again shows."""
         deadline = time.monotonic() + LIMIT_SECONDS
         while not is_so():
             assert time.monotonic() < deadline, self.text()
             time.sleep(0.05)
-            if reload:
-                self._do("POST", "refresh", {})
+            if page is not None:
+                # Not a refresh: after a form was sent that would send it again.
+                self.goto(page)
 
     def screenshot(self, path: str) -> None:
         with open(path, "wb") as file:
@@ -101,11 +108,9 @@ def open_browser() -> Iterator[Browser]:
     """Start a browser; it is gone when the block is left."""
     assert CHROMEDRIVER is not None
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        driver = subprocess.Popen(
-            [CHROMEDRIVER, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
+        driver, port = _start_driver()
         try:
-            driver_url = f"http://127.0.0.1:{_port_of(driver)}"
+            driver_url = f"http://127.0.0.1:{port}"
             options = {"binary": CHROMIUM, "args": [*ARGUMENTS, f"--user-data-dir={profile}"]}
             wanted = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}}
             started = httpx.post(f"{driver_url}/session", json=wanted, timeout=60).json()["value"]
@@ -123,10 +128,17 @@ def open_browser() -> Iterator[Browser]:
                 driver.stdout.close()
 
 
-def _port_of(driver: subprocess.Popen[str]) -> int:
-    assert driver.stdout is not None
-    for line in driver.stdout:
-        found = re.search(r"started successfully on port (\d+)", line)
-        if found:
-            return int(found[1])
+def _start_driver(tries: int = 3) -> tuple[subprocess.Popen[str], int]:
+    """Start chromedriver on a free port: it finds one itself, for IPv4, and gives up if IPv6 has it in use."""
+    for _ in range(tries):
+        driver = subprocess.Popen(
+            [str(CHROMEDRIVER), "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        assert driver.stdout is not None
+        for line in driver.stdout:
+            found = re.search(r"started successfully on port (\d+)", line)
+            if found:
+                return driver, int(found[1])
+        driver.stdout.close()
+        driver.wait()
     raise AssertionError("chromedriver did not start")

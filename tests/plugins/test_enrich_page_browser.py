@@ -61,29 +61,30 @@ async def test_a_job_from_choosing_it_to_its_result(tmp_path: Path) -> None:
         browser.goto(f"{address}/data/words?word__not=none")
         browser.click("details.actions-menu-links summary")
         browser.click_link("Enrich selected data")
-        assert "5 rows selected" in browser.text()
+        browser.sees("5 rows selected")
         browser.click_link("Prompt a language model about each row")
-        assert '{{ row["odd name"] }}' in browser.text()
+        browser.sees('{{ row["odd name"] }}')
 
         browser.type("#prompt", "Say {{ wrd }}")
         browser.type("#column", "said")
         browser.click(SUBMIT)
-        assert "did you mean 'word'?" in browser.text(".field.errors")
+        browser.sees("did you mean 'word'?", ".field.errors")
         assert site.jobs() == 0
 
         browser.type("#prompt", "Say {{ word }}")
         browser.click(SUBMIT)
-        assert "Enrichment started" in browser.text()
+        browser.sees("Enrichment started")
         anyio.from_thread.run(first_two.wait)
-        browser.goto(f"{address}/-/enrich/data/-/jobs/1")
+        job_page = f"{address}/-/enrich/data/-/jobs/1"
+        browser.goto(job_page)
         browser.click("input[value=Pause]")
-        assert "paused: by ana" in browser.text()
+        browser.sees("paused: by ana")
         browser.click("input[value=Resume]")
         anyio.from_thread.run_sync(go_on.set)
-        browser.until(lambda: "status is finished" in browser.text(), reload=True)
+        browser.until(lambda: "status is finished" in browser.text(), page=job_page)
         browser.until(lambda: browser.run(BAR) == "5")
         browser.goto(f"{address}/data/words")
-        assert "Say five!" in browser.text("table.rows-and-columns")
+        browser.sees("Say five!", "table.rows-and-columns")
 
     fake = FakeModel(script)
     with registered(fake), hooked(actor_from_request=lambda request: ANA), open_browser() as browser:

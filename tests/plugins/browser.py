@@ -129,7 +129,7 @@ def open_browser() -> Iterator[Browser]:
 
 
 def _start_driver(tries: int = 3) -> tuple[subprocess.Popen[str], int]:
-    """Start chromedriver on a free port: it finds one itself, for IPv4, and gives up if IPv6 has it in use."""
+    """Start chromedriver on a free port. It finds one for IPv4, and gives up if that is in use for IPv6."""
     for _ in range(tries):
         driver = subprocess.Popen(
             [str(CHROMEDRIVER), "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True

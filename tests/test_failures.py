@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,9 @@ async def test_a_bad_model_fails_its_prompt_alone(
     spy, model = Spy(), FakeModel(misbehaves)
     with watched(model, *([spy] if wrapped else [])) as llm:
         await check_siblings(llm, prompt, error, match, stream=stream)
-    spy.check()
+    if sys.version_info >= (3, 11) or prompt != "raise CancelledError":
+        # Before 3.11 asyncio does not tell whether a task was really cancelled, so the wrappers see it bare.
+        spy.check()
     assert model.counts["opened"] == model.counts["closed"]
 
 

@@ -312,6 +312,9 @@ def test_ctrl_c_in_a_script_settles_everything(name: str, kind: str) -> None:
         script.wait()
     settled = ["settled hi PromptCancelled"]
     assert output.splitlines() == [*settled, *(["exit hook"] if kind == "group" else []), "closed 1"]
-    assert script.returncode == -signal.SIGINT, errors
-    assert "KeyboardInterrupt" in errors
+    if name == "trio" or sys.version_info >= (3, 11):
+        # Before 3.11 asyncio raises Ctrl-C wherever the loop is, and a script ends with what came of that.
+        assert script.returncode == -signal.SIGINT, errors
+        assert "KeyboardInterrupt" in errors
+    assert script.returncode != 0
     assert "ExceptionGroup" not in errors

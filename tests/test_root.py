@@ -306,7 +306,7 @@ def test_ctrl_c_in_a_script_settles_everything(name: str, kind: str) -> None:
     try:
         assert script.stdout.readline() == "ready\n"
         script.send_signal(signal.SIGINT)
-        output, errors = script.communicate(timeout=120)
+        output, errors = script.communicate(timeout=30)
     finally:
         script.kill()
         script.wait()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import selectors
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio.testing
+from llm.default_plugins import openai_models
 
 # Other plugins that are installed have a say in every prompt: a test registers those it is about.
 os.environ["DATASETTE_LOAD_PLUGINS"] = "datasette-llm,datasette-secrets"
@@ -78,6 +80,10 @@ def pytest_configure(config: pytest.Config) -> None:
         database=None,
         suppress_health_check=list(hypothesis.HealthCheck),
     )
+    if not hasattr(openai_models.build_options_class, "cache_info"):
+        # llm before 0.35 makes a hundred classes of options each time it lists its models, a tenth of
+        # a second that nearly every test would wait for.
+        openai_models.build_options_class = functools.cache(openai_models.build_options_class)
 
 
 @pytest.fixture(autouse=True)

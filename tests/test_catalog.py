@@ -117,9 +117,12 @@ def test_a_settled_file_that_is_rewritten_in_place_is_noticed(llm_user_path: Pat
     assert get_snapshot().resolve("mine") == "gpt-4.1"
 
 
-def test_a_change_within_one_step_of_the_file_systems_clock_is_noticed(llm_user_path: Path) -> None:
+def test_a_change_within_one_step_of_the_file_systems_clock_is_noticed(
+    llm_user_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = llm_user_path / "aliases.json"
     now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now)
     for model_id in ("gpt-4.1", "gpt-4-1", "gpt-4.1"):  # of the same size
         path.write_text(json.dumps({"mine": model_id}))
         os.utime(path, ns=(now, now))

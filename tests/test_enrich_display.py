@@ -44,9 +44,9 @@ def test_the_bar_fits_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch
     assert "A sentence" in shown
     assert "50%" in shown
     assert "9999/10000" in shown
-    assert ("12 failed" in shown) == (columns >= 40)
     assert ("34 retries" in shown) == (columns >= 80)
     if columns >= 40:
+        assert "12 failed" in shown
         assert max(len(part) for part in shown.replace("\n", "\r").split("\r")) <= columns
 
 

@@ -12,7 +12,7 @@ from datasette_llm import ModelNotFoundError
 from datasette_llm.enrich import AlreadyRunning, EnrichInputError, EnrichJob, JobSpec, enrich, ledger, writer
 from datasette_llm.enrich.lock import only_job
 
-from .enrich_tables import TableFile, fake_model
+from .enrich_tables import TableFile, close_datasette, fake_model
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
@@ -353,7 +353,7 @@ async def test_a_database_in_memory_can_be_enriched() -> None:
     with fake_model():
         report = await enrich(datasette, "enrich_in_memory", "t", "{{ a }}", column="b", model="fake")
     assert report.written == 1
-    datasette.close()
+    close_datasette(datasette)
 
 
 async def test_a_dry_run_counts_shows_prompts_and_sends_nothing(file: TableFile) -> None:

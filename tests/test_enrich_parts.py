@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 
+from datasette_llm._compat import BaseExceptionGroup, ExceptionGroup
 from datasette_llm.enrich import EnrichError, EnrichInputError, JobSpec, job, lock
 from datasette_llm.enrich.command import exit_code, go_on, run_job
 from datasette_llm.enrich.display import Silence
@@ -21,7 +22,7 @@ from datasette_llm.enrich.report import EnrichReport, FailureKind
 from datasette_llm.enrich.selection import literal
 from datasette_llm.enrich.table import Column, Table, nearest
 
-from .enrich_tables import TableFile, fake_model
+from .enrich_tables import TableFile, close_datasette, fake_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -110,7 +111,7 @@ async def test_an_immutable_database_is_refused(tmp_path: Path) -> None:
     datasette = Datasette([], immutables=[file.path])
     with pytest.raises(EnrichInputError, match="immutable"):
         await enrich(datasette, "data", "t", "{{ body }}", column="a")
-    datasette.close()
+    close_datasette(datasette)
 
 
 @pytest.mark.real_clock
@@ -142,6 +143,38 @@ async def test_a_table_that_is_dropped_meanwhile_ends_the_job_clearly(tmp_path: 
 
 
 @pytest.mark.real_clock
+async def test_a_count_that_fails_costs_the_total_and_not_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = anyio.Event()
+
+    async def count_rows(database: Any, source: Any) -> int:
+        tried.set()
+        raise EnrichError("locked")
+
+    async def answer(prompt: str) -> Any:
+        await tried.wait()
+        yield "in time"
+
+    monkeypatch.setattr(job, "count_rows", count_rows)
+    file = TableFile(tmp_path, "create table t (body)", "insert into t values ('a')")
+    with fake_model(answer):
+        report = await file.enrich("t", "{{ body }}", column="answer")
+    assert (report.written, report.total, report.stopped) == (1, 1, None)
+    assert "cannot be counted: locked" in caplog.text
+    file.close()
+
+
+def test_what_the_database_does_to_several_tasks_is_said_once() -> None:
+    locked, gone = EnrichError("locked"), EnrichError("gone")
+    with pytest.raises(EnrichError) as caught:
+        job.raise_bare(BaseExceptionGroup("", [ExceptionGroup("", [locked]), gone]))
+    assert caught.value is locked
+    with pytest.raises(BaseExceptionGroup):
+        job.raise_bare(BaseExceptionGroup("", [locked, ValueError("a bug")]))
+
+
+@pytest.mark.real_clock
 async def test_a_prompt_that_hangs_does_not_outlive_the_deadline_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,7 +186,7 @@ async def test_a_prompt_that_hangs_does_not_outlive_the_deadline_for_ever(
         yield ""
 
     with fake_model(answer):
-        report = await file.enrich("t", "{{ body }}", column="answer", deadline=0.1)
+        report = await file.enrich("t", "{{ body }}", column="answer", deadline=0.5)
     assert (report.stopped, report.written, report.cancelled) == ("deadline", 0, 1)
     file.close()
 

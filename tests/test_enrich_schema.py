@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -33,7 +34,13 @@ def test_every_way_to_write_a_schema(given: Any, properties: set[str]) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("name strin", "unknown type 'strin'"),
+        pytest.param(
+            "name strin",
+            "unknown type 'strin'",
+            marks=pytest.mark.skipif(
+                version("llm") in ("0.32", "0.32.1"), reason="this llm takes an unknown type for text"
+            ),
+        ),
         ("{", "not valid JSON"),
         ("[1]", "must describe an object"),
         ("", "must describe an object"),

@@ -23,6 +23,8 @@ from datasette_llm.cli import llm_group
 from datasette_llm.runtime.policy import PromptSettings
 from datasette_llm.settings import PLUGIN_NAME, PluginSettings, PurposeSettings, parse_settings
 
+from .enrich_tables import close_datasette
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -71,12 +73,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     yield tmp_path
     for found in gc.get_objects():
         if isinstance(found, Datasette) and id(found) not in before:
-            _close(found)
-
-
-def _close(datasette: Datasette) -> None:
-    if hasattr(datasette, "close"):  # not in the oldest Datasette
-        datasette.close()
+            close_datasette(found)
 
 
 @pytest.mark.parametrize("block", PROGRAMS, ids=_id)

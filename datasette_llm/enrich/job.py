@@ -12,6 +12,7 @@ are they cancelled. Whatever ends the job, answers that have arrived are written
 from __future__ import annotations
 
 import inspect
+import logging
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from datasette_llm._compat import BaseExceptionGroup
 from datasette_llm.errors import PromptCancelled
 from datasette_llm.runtime.datasette_side import open_side
 
-from .errors import RowError
+from .errors import EnrichError, RowError
 from .ledger import Ledger
 from .lock import only_job
 from .pages import count_rows, read_rows
@@ -32,7 +33,7 @@ from .report import EnrichReport
 from .writer import Result, Writer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Callable, Iterator
     from contextlib import AbstractAsyncContextManager
 
     from .plan import Plan
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from .selection import Row
     from .spec import JobSpec
     from .writer import Outcome
+
+logger = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 0.25
 # Prompts in flight at the deadline are completed; one that hangs must not keep the job for ever.
@@ -214,8 +217,13 @@ class EnrichJob:
 
     async def _keep_counting(self, plan: Plan, report: EnrichReport) -> None:
         done = report.done
-        total = done + await count_rows(plan.database, plan.source)
-        report.total = total if self._spec.limit is None else min(total, self._spec.limit)
+        try:
+            total = done + await count_rows(plan.database, plan.source)
+        except EnrichError as error:
+            # A total is not worth a job: what it cannot do without, its reader and writer find out.
+            logger.warning("The rows to do cannot be counted: %s", error)
+        else:
+            report.total = total if self._spec.limit is None else min(total, self._spec.limit)
 
     async def _count_rest(self, plan: Plan, report: EnrichReport) -> None:
         """Complete the report's totals, exactly."""
@@ -268,8 +276,16 @@ async def _run_then_set(writer: Writer, event: anyio.Event) -> None:
 
 
 def raise_bare(group: BaseExceptionGroup[BaseException]) -> None:
-    """Raise the one exception in a group bare; several stay together."""
-    leaf: BaseException = group
-    while isinstance(leaf, BaseExceptionGroup) and len(leaf.exceptions) == 1:
-        leaf = leaf.exceptions[0]
-    raise leaf
+    """Raise the one exception in a group bare, or the first if the database failed several tasks."""
+    leaves = list(_leaves(group))
+    if len(leaves) == 1 or all(isinstance(leaf, EnrichError) for leaf in leaves):
+        raise leaves[0]
+    raise group
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error

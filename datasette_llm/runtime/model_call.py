@@ -188,7 +188,8 @@ class ModelCall:
                 self._response._publish_all()
             check_complete(observed)
         except BaseException as error:
-            await _close(events or getattr(observed, "_generator", None))
+            await _close(events)
+            await _close(getattr(observed, "_generator", None))  # llm before 0.36 leaves it to us
             _give_up(observed)
             if isinstance(error, AssertionError) and not error.args:
                 # llm asserts that a chunk is not None, and says no more than that.

@@ -221,7 +221,14 @@ class PromptResponse(llm.AsyncResponse):
 
     def log_to_db(self, db: Any) -> None:
         self._raise_error()
-        super().log_to_db(db)  # type: ignore[no-untyped-call]
+        if not self._is_readable():
+            raise ValueError("The response is not finished: await it before it is logged")
+        # What llm's command logs of an async response is its sync likeness; before 0.36 that is the only one
+        # that can be logged. Nothing in it waits once the response is finished.
+        try:
+            self.to_sync_response().send(None)
+        except StopIteration as finished:
+            finished.value.log_to_db(db)
 
     def to_dict(self) -> Any:
         self._raise_error()

@@ -103,7 +103,6 @@ class MapRun(Generic[T]):
         self._slots = group.slots
         self._to_prompt = to_prompt
         self._make_task = make_task
-        self._source = _source_of(items)
         self._begun = False
         self._stopped = False
         self.exhausted = False
@@ -117,7 +116,9 @@ class MapRun(Generic[T]):
         self._waking = 0
         # How to cancel each prompt in flight.
         self._in_flight: dict[PromptTask, Callable[[], None]] = {}
-        self._feeder = _Feeder(self, self._source) if isinstance(self._source, AsyncIterator) else None
+        source = _source_of(items)
+        self._feeder = _Feeder(self, source) if isinstance(source, AsyncIterator) else None
+        self._iterator: Iterator[T] = source if isinstance(source, Iterator) else iter(())
 
     # The loop's side
 
@@ -185,20 +186,16 @@ class MapRun(Generic[T]):
     @property
     def has_room(self) -> bool:
         """Whether another item may be pulled."""
-        return self._outstanding < self._capacity and not self.exhausted
-
-    @property
-    def _capacity(self) -> int:
         slots = self._slots
         # An adaptive limit grows only while somebody waits for it.
-        return slots.limit + slots.can_grow
+        return self._outstanding < slots.limit + slots.can_grow and not self.exhausted
 
     def stir(self) -> None:
         """Have another item pulled, if there is room for one."""
         if self._feeder is not None:
             if self.has_room:
                 self._feeder.wake()
-        elif not self._waking and self._outstanding < self._capacity and not self.exhausted:
+        elif not self._waking and self.has_room:
             # The one that is woken wakes the next, if there is room for it then.
             self.wake_worker()
 
@@ -268,9 +265,8 @@ class MapRun(Generic[T]):
             return self._feeder.take()
         if not self.has_room:
             return None
-        assert isinstance(self._source, Iterator)
         try:
-            item = next(self._source)
+            item = next(self._iterator)
         except StopIteration:
             self.end_source()
             return None

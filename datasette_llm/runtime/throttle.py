@@ -18,8 +18,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import anyio
 from anyio.lowlevel import RunVar, checkpoint, current_token
@@ -36,9 +35,8 @@ if TYPE_CHECKING:
     from .policy import ConcurrencyBounds, PromptSettings
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a model call ended.
+class Outcome(NamedTuple):
+    """How a model call ended. (One per call: a tuple is made in a third of a frozen dataclass's time.)
 
     Attributes:
         kind: ``throttled`` is a refusal by the provider's rate limit.

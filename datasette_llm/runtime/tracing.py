@@ -7,7 +7,7 @@ answer, no error message (which may quote a key). Without a tracing SDK nothing 
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from opentelemetry import trace
@@ -15,14 +15,15 @@ from opentelemetry.trace import Status, StatusCode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
     from .choice import Choice
 
 _tracer = trace.get_tracer("datasette_llm")
+_no_span = nullcontext()
 
 
-@contextmanager
-def prompt_span(choice: Choice, operation: str) -> Iterator[trace.Span | None]:
+def prompt_span(choice: Choice, operation: str) -> AbstractContextManager[trace.Span | None]:
     """Hold a span open around a prompt, if anybody collects spans.
 
     Args:
@@ -30,8 +31,12 @@ def prompt_span(choice: Choice, operation: str) -> Iterator[trace.Span | None]:
         operation: ``chat`` for a prompt, ``chain`` for a chain of them.
     """
     if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
-        yield None
-        return
+        return _no_span
+    return _open_span(choice, operation)
+
+
+@contextmanager
+def _open_span(choice: Choice, operation: str) -> Iterator[trace.Span]:
     attributes = {
         "gen_ai.operation.name": operation,
         "gen_ai.request.model": choice.model_id,

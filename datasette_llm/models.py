@@ -137,7 +137,7 @@ class WrappedAsyncModel:
         self,
         send: Callable[..., llm.AsyncResponse],
         prompt: str | None,
-        kwargs: Mapping[str, Any],
+        kwargs: dict[str, Any],
         turn: Turn | None = None,
         *,
         keep: bool = True,
@@ -152,7 +152,7 @@ class WrappedAsyncModel:
             prompt=prompt,
             group=self._group,
             turn=turn,
-            reply_with=self.prompt,
+            reply_model=self,
         )
         if self._group is not None:
             if keep:
@@ -165,7 +165,7 @@ class WrappedAsyncModel:
         self,
         begin: Callable[..., llm.models.AsyncChainResponse],
         prompt: str | None,
-        kwargs: Mapping[str, Any],
+        kwargs: dict[str, Any],
         turns: Turns | None = None,
     ) -> Chain:
         arguments = self._with_defaults(kwargs)
@@ -188,13 +188,13 @@ class WrappedAsyncModel:
                 prompt=prompt,
                 group=self._group,
                 turn=turns.ask() if turns is not None else None,
-                reply_with=self.prompt,
+                reply_model=self,
             )
 
         return Chain(begun, task)
 
-    def _with_defaults(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        arguments = dict(kwargs)
+    def _with_defaults(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Add to the arguments of a prompt what the choice says about it."""
         if self._choice.options:
             given = arguments.get("options") or {}
             defaults = {k: v for k, v in self._choice.options.items() if k not in arguments}

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .choice import Choice
     from .conversation import Turn
     from .group import Group
+    from .response import Prompter
     from .supervisor import Supervisor
     from .throttle import Slots
 
@@ -251,7 +252,7 @@ class ChainTask(SupervisedTask):
         chain: what its readers hold.
         begin: makes llm's object of it; called when the chain's turn in its conversation has come.
         slots: bound the model calls in flight.
-        reply_with: what ``response.reply()`` prompts.
+        reply_model: what ``response.reply()`` prompts.
     """
 
     is_chain = True
@@ -268,13 +269,13 @@ class ChainTask(SupervisedTask):
         prompt: str | None,
         group: Group | None,
         turn: Turn | None = None,
-        reply_with: Callable[..., Any] | None = None,
+        reply_model: Prompter | None = None,
     ) -> None:
         super().__init__(supervisor, datasette, choice, prompt, group=group, turn=turn)
         self._chain = chain
         self._begin = begin
         self._slots = slots
-        self._reply_with = reply_with
+        self._reply_model = reply_model
         self._abandoned = False
         self._owner_is_ending = False
         self._pause: llm.PauseChain | None = None
@@ -373,7 +374,7 @@ class ChainTask(SupervisedTask):
         def ask() -> llm.AsyncResponse:
             return self._ask(plan, prompt)
 
-        response = PromptResponse(ask(), on_cancel=self.cancel, reply_with=self._reply_with)
+        response = PromptResponse(ask(), on_cancel=self.cancel, reply_model=self._reply_model)
         if self._group is not None:
             self._group._responses._keep(response)
         self._chain._responses.append(response)

@@ -97,8 +97,6 @@ async def find_wrappers(datasette: Any, choice: Choice, prompt: str | None) -> l
     Raises:
         TypeError: a plugin returned something that is not a wrapper.
     """
-    if not hooks_wrap_prompts():
-        return []
     wrappers = []
     for answer in plugin_manager().hook.llm_prompt_context(
         datasette=datasette,

@@ -155,7 +155,8 @@ class ModelCall:
         return self._response._observed._key == self._task.choice.key
 
     def _answered(self, seconds: float) -> Outcome:
-        return Outcome("ok", seconds=seconds, tokens=_used_tokens(self._response._observed))
+        tokens = _used_tokens(self._response._observed) if self._slots.paced else None
+        return Outcome("ok", seconds=seconds, tokens=tokens)
 
     def _begin(self) -> None:
         task = self._task
@@ -185,8 +186,8 @@ class ModelCall:
                 # Half the layers, for an answer that comes in one piece.
                 await observed
                 _check_text(observed)
-                self._response._publish_all()
             check_complete(observed)
+            self._response._publish_all()
         except BaseException as error:
             await _close(events)
             await _close(getattr(observed, "_generator", None))  # llm before 0.36 leaves it to us

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .choice import Choice
     from .conversation import Turn
     from .group import Group
+    from .response import Prompter
     from .supervisor import Supervisor
     from .throttle import Slots
 
@@ -32,7 +33,7 @@ class PromptTask(SupervisedTask):
         ask: makes llm's response object, for each attempt; called once at once, or (in a conversation,
             whose history it reads) when the turn has come.
         slots: bound the model calls in flight.
-        reply_with: what ``response.reply()`` prompts.
+        reply_model: what ``response.reply()`` prompts.
 
     Attributes:
         on_begin: called when its model call begins.
@@ -52,10 +53,10 @@ class PromptTask(SupervisedTask):
         prompt: str | None,
         group: Group | None,
         turn: Turn | None = None,
-        reply_with: Callable[..., Any] | None = None,
+        reply_model: Prompter | None = None,
     ) -> None:
         super().__init__(supervisor, datasette, choice, prompt, group=group, turn=turn)
-        self.response = PromptResponse(ask(), on_cancel=self.cancel, reply_with=reply_with)
+        self.response = PromptResponse(ask(), on_cancel=self.cancel, reply_model=reply_model)
         self._ask = ask
         self._call = ModelCall(self, self.response, ask, slots, choice.settings)
 
@@ -78,7 +79,8 @@ class PromptTask(SupervisedTask):
 
     async def after(self) -> None:
         if self.response._callbacks:
-            await self.response._run_callbacks()
+            with self.abandonable("a callback"):
+                await self.response._run_callbacks()
 
     def begin_running(self) -> None:
         super().begin_running()

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from inspect import isawaitable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 import llm
@@ -34,6 +34,12 @@ if TYPE_CHECKING:
 #: The response whose own wrappers or callbacks run in this context. They end before readers are let go,
 #: so what they read is the model's answer: they must not wait for themselves.
 _own: ContextVar[PromptResponse | None] = ContextVar("datasette_llm_own_response", default=None)
+
+
+class Prompter(Protocol):
+    """What a response can be continued with: a model of this package."""
+
+    async def prompt(self, prompt: str | None = None, **kwargs: Any) -> PromptResponse: ...
 
 
 class PromptResponse(llm.AsyncResponse):
@@ -61,24 +67,26 @@ class PromptResponse(llm.AsyncResponse):
     _answered = False
     _answer_error: Exception | None = None
     _default_reader: TextReader | None = None
+    # Made for the first who waits or registers, and dropped at the end: of each answer that a group keeps,
+    # the garbage collector goes over every object, again and again.
+    _bells: set[MemoryObjectSendStream[None]] | None = None
+    #: One event per waiting task: on trio, plugins wait on the hosted asyncio loop.
+    _waiters: set[anyio.Event] | None = None
+    _callbacks: list[Any] | None = None
 
     def __init__(
         self,
         observed: llm.AsyncResponse,
         *,
         on_cancel: Callable[[], None],
-        reply_with: Callable[..., Any] | None = None,
+        reply_model: Prompter | None = None,
     ) -> None:
         # llm's own initialiser is not called: the state of the answer lives in the response object
         # that the model writes to, and __getattr__ reads it from there.
         self._observed = observed
         self._on_cancel: Callable[[], None] | None = on_cancel
-        self._reply_with = reply_with
+        self._reply_model = reply_model
         self._events: list[StreamEvent] = []
-        self._bells: set[MemoryObjectSendStream[None]] = set()
-        # One event per waiting task: on trio, plugins wait on the hosted asyncio loop.
-        self._waiters: set[anyio.Event] = set()
-        self._callbacks: list[Any] = []
 
     # What readers see
 
@@ -106,12 +114,14 @@ class PromptResponse(llm.AsyncResponse):
     async def wait(self) -> None:
         """Wait until the prompt has ended, however it ended; raises nothing of its own."""
         while not self._is_readable():
-            event = anyio.Event()
-            self._waiters.add(event)
+            if self._waiters is None:
+                self._waiters = set()
+            waiters, event = self._waiters, anyio.Event()
+            waiters.add(event)
             try:
                 await event.wait()
             finally:
-                self._waiters.discard(event)
+                waiters.discard(event)
 
     def _is_readable(self) -> bool:
         return self._finished or (self._answered and _own.get() is self)
@@ -156,6 +166,8 @@ class PromptResponse(llm.AsyncResponse):
             callback: a function taking the response, sync or async.
         """
         if not self._finished:
+            if self._callbacks is None:
+                self._callbacks = []
             self._callbacks.append(callback)
         elif self._error is None:
             await _call_back(callback, self._observed)
@@ -187,9 +199,9 @@ class PromptResponse(llm.AsyncResponse):
         if prompt:
             history.append(llm.user(prompt))
         history += messages or []
-        if self._reply_with is None:
+        if self._reply_model is None:
             raise RuntimeError("this response does not know which model to reply with")
-        return await self._reply_with(None, messages=history, options=options, **kwargs)  # type: ignore[no-any-return]
+        return await self._reply_model.prompt(None, messages=history, options=options, **kwargs)
 
     async def execute_tool_calls(
         self,
@@ -262,6 +274,11 @@ class PromptResponse(llm.AsyncResponse):
     def _done(self) -> bool:  # type: ignore[override]
         return self._finished and self._error is None
 
+    # llm's class says nothing of this one, but every reader of the text asks for it.
+    @property
+    def _chunks(self) -> list[str]:  # type: ignore[override]
+        return self._observed._chunks
+
     @property
     def resolved_model(self) -> str | None:  # type: ignore[override]
         return self._observed.resolved_model
@@ -289,7 +306,8 @@ class PromptResponse(llm.AsyncResponse):
             ring(self._bells)
 
     def _publish_all(self) -> None:
-        """Every event of the observed response at once, for an answer that was asked for unstreamed."""
+        """The answer is complete: what is not published yet is now, all of it if it came unstreamed."""
+        # llm has the same events in the same order: no need to keep two lists of them.
         self._events = self._observed._stream_events
         if self._bells:
             ring(self._bells)
@@ -318,8 +336,9 @@ class PromptResponse(llm.AsyncResponse):
     _has_own_context = False
 
     def _wake_readers(self) -> None:
-        for event in self._waiters:
-            event.set()
+        if self._waiters:
+            for event in self._waiters:
+                event.set()
         if self._bells:
             ring(self._bells)
 
@@ -327,14 +346,14 @@ class PromptResponse(llm.AsyncResponse):
         """End the prompt; idempotent, the first call counts."""
         if self._finished:
             return
-        self._finished = True
+        self._finished = self._answered = True
         self._on_cancel = None
-        self._error = error
-        self._traceback = error.__traceback__ if error is not None else None
-        self._callbacks.clear()
-        self._answered = True
         self._answer_error = None
+        if error is not None:
+            self._error = error
+            self._traceback = error.__traceback__
         self._wake_readers()
+        self._bells = self._waiters = self._callbacks = None
 
 
 async def _call_back(callback: Any, response: llm.AsyncResponse) -> None:
@@ -394,7 +413,10 @@ class EventReader:
         raise StopAsyncIteration
 
     async def _wait_at_door(self) -> None:
-        bells = self._response._bells
+        response = self._response
+        if response._bells is None:
+            response._bells = set()
+        bells = response._bells
         bell, door = anyio.create_memory_object_stream[None](1)
         with bell, door:
             self._bell = bell

@@ -8,7 +8,7 @@ The states, in order:
 4. settling: callbacks, then the wrappers are left in reverse order;
 5. ended: succeeded, failed or cancelled. Only now do readers of the whole answer go on.
 
-Who may interrupt what: all of it runs in a shielded scope, and only 1 and 3 sit in an inner scope, which
+Who may interrupt what: all of it is shielded, and only 1 and 3 sit in an innermost scope, which
 ``cancel()`` cancels. So plugin code is never interrupted in the middle of its bookkeeping: a cancelled
 prompt's wrappers see ``PromptCancelled``, an ordinary exception, at their ``yield``.
 
@@ -33,7 +33,7 @@ from anyio.lowlevel import cancel_shielded_checkpoint
 from .._compat import BaseExceptionGroup
 from ..errors import PromptCancelled
 from . import native_cancel
-from .hook_scope import PromptResult, entered, find_wrappers
+from .hook_scope import PromptResult, entered, find_wrappers, hooks_wrap_prompts
 from .tracing import describe_end, prompt_span
 
 if TYPE_CHECKING:
@@ -192,10 +192,7 @@ class SupervisedTask:
         self.supervisor.counters.waiting += 1
         with prompt_span(self.choice, "chain" if self.is_chain else "chat") as self._span:
             try:
-                with self.abandonable("a callback"):
-                    error = await self._live()
-            except PromptCancelled as abandoned:
-                error = abandoned
+                error = await self._live()
             except get_cancelled_exc_class() as stop:
                 if not await self.is_misplaced(stop):
                     raise
@@ -214,11 +211,12 @@ class SupervisedTask:
         try:
             if self._turn is not None:
                 await self.interruptible(self._turn.wait)
-            wrappers = await find_wrappers(self._datasette, self.choice, self._prompt)
-            self.check()
-            if wrappers:
-                await self._work_inside(wrappers)
+            if hooks_wrap_prompts():
+                with self.abandonable("a callback"):
+                    await self._work_wrapped()
             else:
+                # Nothing of it is made, either, if it was cancelled before it began.
+                self.check()
                 await self._do_work()
             if not self._complete:
                 # A wrapper swallowed what ended the work; that makes no answer of it.
@@ -235,6 +233,14 @@ class SupervisedTask:
             self._failure = error
             raise
         self._complete = True
+
+    async def _work_wrapped(self) -> None:
+        wrappers = await find_wrappers(self._datasette, self.choice, self._prompt)
+        self.check()
+        if wrappers:
+            await self._work_inside(wrappers)
+        else:
+            await self._do_work()
 
     async def _work_inside(self, wrappers: list[Wrapper]) -> None:
         gate = self._group.gate if self._group is not None else None
@@ -307,7 +313,8 @@ class SupervisedTask:
             Exception: its own; also when the task was cancelled in the same moment.
         """
         self.check()
-        scope = self._inner = CancelScope()
+        # Inside of plugin code that is shielded by itself, a timeout that it opens around its yield counts.
+        scope = self._inner = CancelScope(shield=self._patience is None)
         try:
             with scope:
                 return await function()

@@ -419,7 +419,7 @@ async def test_a_database_that_stays_locked_is_waited_for_and_then_said(
     other.execute(f"begin {lock}")
     with monkeypatch.context() as patch:
         patch.setattr(plan, "recover", read_nothing)
-        with pytest.raises(EnrichError, match="has kept the database 'data' locked for 0 seconds"):
+        with pytest.raises(EnrichError, match=r"has kept the database 'data' locked for \d+ seconds"):
             await enrich(datasette, "data", "t", "{{ body }}", column="answer", model="fake")
     other.close()
     report = await file.enrich("t", "{{ body }}", column="answer")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from .runtime.chain import Chain, ChainTask
@@ -143,11 +142,12 @@ class WrappedAsyncModel:
         keep: bool = True,
     ) -> PromptTask:
         supervisor, slots = self._owner()
+        arguments = self._with_defaults(kwargs)
         task = PromptTask(
             supervisor,
             self._datasette,
             self._choice,
-            partial(send, prompt, **self._with_defaults(kwargs)),
+            lambda: send(prompt, **arguments),
             slots,
             prompt=prompt,
             group=self._group,

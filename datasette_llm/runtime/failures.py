@@ -10,6 +10,7 @@ import datetime
 import json
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
@@ -215,7 +216,7 @@ def check_complete(response: llm.AsyncResponse) -> None:
     """
     if not response.stream:
         return
-    family = _openai_family(response.model)
+    family = _openai_family(type(response.model))
     if family is None:
         return
     said: Any = response.response_json
@@ -229,13 +230,14 @@ def check_complete(response: llm.AsyncResponse) -> None:
         raise IncompleteAnswer("the answer's stream ended before the provider said that it was complete")
 
 
-def _openai_family(model: Any) -> Literal["chat", "responses"] | None:
+@cache
+def _openai_family(model: type[Any]) -> Literal["chat", "responses"] | None:
     from llm.default_plugins import openai_models
 
     responses = getattr(openai_models, "AsyncResponses", None)
-    if responses is not None and isinstance(model, responses):
+    if responses is not None and issubclass(model, responses):
         # A subclass with its own execute() may fill response_json in its own way.
-        return "responses" if type(model).execute is responses.execute else None
-    if isinstance(model, openai_models.AsyncChat):
-        return "chat" if type(model).execute is openai_models.AsyncChat.execute else None
+        return "responses" if model.execute is responses.execute else None
+    if issubclass(model, openai_models.AsyncChat):
+        return "chat" if model.execute is openai_models.AsyncChat.execute else None
     return None

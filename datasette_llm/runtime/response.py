@@ -128,7 +128,8 @@ class PromptResponse(llm.AsyncResponse):
 
     async def _force(self) -> PromptResponse:
         # The one place through which all of llm's reading methods go.
-        await self.wait()
+        if not self._finished:
+            await self.wait()
         self._raise_error()
         return self
 

@@ -54,11 +54,13 @@ class Outcome(NamedTuple):
 class Slots:
     """One group's view of a throttle. Every acquire is followed by exactly one release."""
 
-    __slots__ = ("_lane", "_throttle", "in_use", "throttled_seconds")
+    __slots__ = ("_lane", "_throttle", "in_use", "now", "throttled_seconds")
 
     def __init__(self, throttle: Throttle, lane: Lane) -> None:
         self._throttle = throttle
         self._lane = lane
+        #: The event loop's clock, read faster than through anyio.
+        self.now = throttle._now
         self.in_use = 0
         self.throttled_seconds = 0.0
 
@@ -83,10 +85,6 @@ class Slots:
         """Whether nothing depends on how long a successful call took and what it used."""
         return not self._throttle._paced and self._lane.adaptive is None
 
-    def now(self) -> float:
-        """The event loop's clock, read faster than through anyio."""
-        return self._throttle._now()
-
     def acquire_nowait(self, tokens: int = 0) -> bool:
         """Take a slot if a call may start at once.
 
@@ -96,7 +94,7 @@ class Slots:
         throttle, lane = self._throttle, self._lane
         if lane.waiters or lane.in_use >= lane.limit:
             return False
-        now = throttle._now()
+        now = self.now()
         if throttle._paced and (throttle._waiting or throttle._opening(now, tokens) > now):
             return False
         throttle._start(self, now, tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import threading
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,9 @@ from anyio.abc import SocketAttribute
 from llm.default_plugins.openai_models import AsyncChat, AsyncResponses
 
 from datasette_llm.runtime import clients as clients_module
-from datasette_llm.runtime.clients import ClientPool, close_standalone_pool, standalone_pool
+from datasette_llm.runtime.clients import ClientPool
+
+from .fakes import FakeModel
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -334,9 +337,17 @@ async def test_the_sync_twin_of_the_factory_still_works() -> None:
     client.close()
 
 
-async def test_one_pool_for_the_standalone_prompts_of_an_event_loop() -> None:
-    pool = standalone_pool()
-    assert standalone_pool() is pool
-    await close_standalone_pool()
-    assert pool.closed
-    assert standalone_pool() is not pool
+async def test_what_the_first_client_takes_is_done_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[threading.Thread] = []
+
+    def load() -> None:
+        threads.append(threading.current_thread())
+
+    monkeypatch.setattr(clients_module, "_prepared", False)
+    monkeypatch.setattr(clients_module, "_prepare", load)
+    await clients_module.prepare_clients(FakeModel())
+    assert threads == []
+    await clients_module.prepare_clients(AsyncChat("m"))
+    await clients_module.prepare_clients(AsyncChat("m"))
+    assert len(threads) == 1
+    assert threads[0] is not threading.current_thread()

@@ -5,8 +5,8 @@ certificates, and a new connection. A ``ClientPool`` gives a model object (a cop
 holds) an instance attribute ``get_client`` that remembers the clients it made. No class and no
 module is patched, so a model whose plugin makes its clients inside of ``execute()`` stays as it is.
 
-A pool lives as long as its owner: a group, or the event loop (``standalone_pool()``). Clients are
-kept per API key, address and headers, so two keys never share one.
+A pool lives as long as its owner: a group, or the supervisor of an event loop's standalone prompts.
+Clients are kept per API key, address and headers, so two keys never share one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
-from anyio.lowlevel import RunVar
+import anyio.to_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping
@@ -112,6 +112,32 @@ def makes_openai_clients(model: Any) -> bool:
     return list(parameters) == ["key", "async_"]
 
 
+_prepared = False
+
+
+async def prepare_clients(model: Any) -> None:
+    """Have a worker thread do what the first client of a process takes, if this model is to make one.
+
+    Loading certificates and openai's modules takes some 0.3 seconds: an event loop that serves pages
+    has to go on meanwhile.
+    """
+    global _prepared
+    if not _prepared and makes_openai_clients(model):
+        await anyio.to_thread.run_sync(_prepare)
+        _prepared = True
+
+
+def _prepare() -> None:
+    import openai
+
+    found = http_library()
+    if found is not None:
+        factory, library = found
+        # Never used: looking at its parts makes openai import them.
+        client = openai.AsyncOpenAI(api_key="-", http_client=factory(verify=_shared_ssl_context(library)))
+        _ = client.chat.completions, client.responses
+
+
 class _ClientSet:
     """Clients that are alike, each with connections of its own; the first that has room is used next."""
 
@@ -159,7 +185,7 @@ class _Client:
                 keepalive_expiry=KEEPALIVE_SECONDS,
             ),
             event_hooks=hooks,
-            verify=_ssl_context(library, *map(os.environ.get, _SSL_VARIABLES)),
+            verify=_shared_ssl_context(library),
         )
         self.openai = template.with_options(max_retries=0, http_client=self.http)
 
@@ -184,7 +210,8 @@ class _Lease:
         self._leased.busy -= 1
 
 
-_SSL_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+def _shared_ssl_context(library: Any) -> Any:
+    return _ssl_context(library, os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
 
 
 @functools.lru_cache(maxsize=4)
@@ -221,22 +248,3 @@ def http_library() -> tuple[Any, Any] | None:
         if factory is not None:
             return factory, importlib.import_module(library)
     return None
-
-
-_standalone: RunVar[ClientPool] = RunVar("datasette_llm_standalone_clients")
-
-
-def standalone_pool() -> ClientPool:
-    """Return the pool of this event loop's standalone prompts; whoever drains the loop closes it."""
-    pool = _standalone.get(None)
-    if pool is None or pool.closed:
-        pool = ClientPool()
-        _standalone.set(pool)
-    return pool
-
-
-async def close_standalone_pool() -> None:
-    """Close the clients of this event loop's standalone prompts, if there are any."""
-    pool = _standalone.get(None)
-    if pool is not None:
-        await pool.aclose()

@@ -14,6 +14,7 @@ import pytest
 
 from datasette_llm._compat import BaseExceptionGroup, ExceptionGroup
 from datasette_llm.enrich import EnrichError, EnrichInputError, JobSpec, job, lock
+from datasette_llm.enrich import database as database_side
 from datasette_llm.enrich.command import exit_code, go_on, run_job
 from datasette_llm.enrich.display import Silence
 from datasette_llm.enrich.failures import key_from_stored, stored_key
@@ -21,6 +22,7 @@ from datasette_llm.enrich.outputs import Outputs
 from datasette_llm.enrich.report import EnrichReport, FailureKind
 from datasette_llm.enrich.selection import literal
 from datasette_llm.enrich.table import Column, Table, nearest
+from datasette_llm.runtime.datasette_side import call, open_side
 
 from .enrich_tables import TableFile, close_datasette, fake_model
 
@@ -139,6 +141,53 @@ async def test_a_table_that_is_dropped_meanwhile_ends_the_job_clearly(tmp_path: 
         pytest.raises(EnrichError, match=r"cannot be written: no such table: (main\.)?t"),
     ):
         await file.enrich("t", "{{ body }}", column="answer")
+    file.close()
+
+
+@pytest.mark.real_clock
+async def test_a_writer_that_waits_for_a_reader_lets_other_readers_in(tmp_path: Path) -> None:
+    file = TableFile(tmp_path, "create table t (body)")
+    file.run_many("insert into t values (?)", [("x" * 4_000,) for _ in range(50)])
+    database = file.datasette().get_database("data")
+    forgotten, other = (sqlite3.connect(file.path, timeout=0) for _ in range(2))
+    cursor = forgotten.execute("select body from t")
+    cursor.fetchone()
+
+    def update(conn: sqlite3.Connection) -> int:
+        patience.append(conn.execute("pragma busy_timeout").fetchone()[0])
+        conn.execute("begin immediate")
+        count = conn.execute("update t set body = 'y'").rowcount
+        conn.commit()
+        return count
+
+    async def read_when_possible() -> None:
+        while True:
+            try:
+                other.execute("select count(*) from t").fetchone()
+            except sqlite3.OperationalError:
+                refused.set()
+            else:
+                if refused.is_set():
+                    break  # after the writer has let go, and before it is through
+            await anyio.sleep(0.01)
+        assert not written
+        cursor.close()
+
+    patience: list[int] = []
+    written: list[int] = []
+    refused = anyio.Event()
+    async with open_side(), anyio.create_task_group() as tasks:
+        tasks.start_soon(read_when_possible)
+        written.append(await database_side.write(database, update))
+        await call(
+            database.execute_write_fn,
+            lambda conn: patience.append(conn.execute("pragma busy_timeout").fetchone()[0]),
+        )
+    assert written == [50]
+    assert len(patience) > 2
+    assert (patience[0], patience[-1]) == (250, 5_000)
+    forgotten.close()
+    other.close()
     file.close()
 
 

@@ -24,12 +24,14 @@ from datasette_llm._compat import BaseExceptionGroup
 from datasette_llm.errors import PromptCancelled
 from datasette_llm.runtime.datasette_side import open_side
 
+from .collector import spare_older_objects
 from .errors import EnrichError, RowError
 from .ledger import Ledger
 from .lock import only_job
 from .pages import count_rows, read_rows
 from .plan import make_plan
 from .report import EnrichReport
+from .spacing import Spacing
 from .writer import Result, Writer
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ RECOUNT_SECONDS = 2.0
 class _Work:
     row: Row
     prompt: str
+    pulled: float
 
 
 class EnrichJob:
@@ -87,6 +90,7 @@ class EnrichJob:
         self._on_settled = on_settled
         self._open_group = open_group or self._open_llm_group
         self._ledger = Ledger(spec)
+        self._spacing = Spacing()
         self._prompting: anyio.CancelScope | None = None
 
     @property
@@ -133,7 +137,7 @@ class EnrichJob:
                 report.model = await self._model_id()
                 await plan.preview(report)
             else:
-                with only_job(plan.database, plan.table.name, columns):
+                with only_job(plan.database, plan.table.name, columns), spare_older_objects():
                     if await plan.check_first_row():
                         await self._run_prompts(plan, report)
                     else:
@@ -173,7 +177,7 @@ class EnrichJob:
         await self._report_progress()
 
     async def _take_answers(self, model: Any, plan: Plan, writer: Writer) -> None:
-        work = self._work(plan, writer)
+        work = self._work(model, plan, writer)
         keywords = self._spec.prompt_keywords(plan.schema)
         async for item, response in model.map(work, _prompt_of, **keywords):
             try:
@@ -188,9 +192,10 @@ class EnrichJob:
                 await writer.add(self._failure(item.row, error, attempts=response.attempts))
             else:
                 self._ledger.answer()
+                self._spacing.answered(anyio.current_time() - item.pulled)
                 await writer.add(Result(item.row, values))
 
-    async def _work(self, plan: Plan, writer: Writer) -> AsyncGenerator[_Work, None]:
+    async def _work(self, model: Any, plan: Plan, writer: Writer) -> AsyncGenerator[_Work, None]:
         """Yield the prompts until the rows, or the reasons to go on, run out."""
         ledger = self._ledger
         async with aclosing(read_rows(plan.database, plan.source)) as rows:
@@ -204,7 +209,11 @@ class EnrichJob:
                     ledger.answer(error)
                     await writer.add(self._failure(row, error, attempts=0))
                 else:
-                    yield _Work(row, prompt)
+                    now = anyio.current_time()
+                    wait = self._spacing.wait(now, model.stats.concurrency)
+                    if wait:
+                        await anyio.sleep(wait)
+                    yield _Work(row, prompt, now + wait)
 
     def _settle(self, report: EnrichReport, outcome: Outcome) -> None:
         self._ledger.settle(report, outcome)

@@ -128,7 +128,9 @@ class Writer:
                 await self._some.wait()
                 with anyio.move_on_after(TRANSACTION_SECONDS):
                     await self._enough.wait()
-                await self._write_buffered(LOCKED_SECONDS)
+                # What comes while this is written waits its turn: otherwise each answer or two would have
+                # a transaction of its own, one after the other, and Datasette's readers no chance between.
+                await self._write_batch(LOCKED_SECONDS)
         except anyio.get_cancelled_exc_class():
             with anyio.CancelScope(shield=True):
                 await self._write_buffered(LOCKED_SECONDS_AT_END)
@@ -136,24 +138,30 @@ class Writer:
 
     async def _write_buffered(self, patience_seconds: float) -> None:
         while self._buffer:
-            batch = self._buffer[:TRANSACTION_ROWS]
-            began = anyio.current_time()
-            try:
-                outcome = await write(
-                    self._database, partial(self._transaction, batch), patience_seconds=patience_seconds
-                )
-            finally:
-                self.seconds += anyio.current_time() - began
-            # Nothing awaits between the write and here, so a batch is either still buffered or settled.
-            del self._buffer[: len(batch)]
-            if len(self._buffer) < BUFFER_ROWS:
-                self._room.set()
-            self._on_settled(outcome)
+            await self._write_batch(patience_seconds)
+
+    async def _write_batch(self, patience_seconds: float) -> None:
+        batch = self._buffer[:TRANSACTION_ROWS]
+        began = anyio.current_time()
+        try:
+            outcome = await write(
+                self._database, partial(self._transaction, batch), patience_seconds=patience_seconds
+            )
+        finally:
+            self.seconds += anyio.current_time() - began
+        # Nothing awaits between the write and here, so a batch is either still buffered or settled.
+        del self._buffer[: len(batch)]
+        if len(self._buffer) < BUFFER_ROWS:
+            self._room.set()
+        self._on_settled(outcome)
         self._renew_events()
 
     def _renew_events(self) -> None:
-        if not self._closed:
+        if self._closed:
+            return
+        if not self._buffer:
             self._some = anyio.Event()
+        if len(self._buffer) < TRANSACTION_ROWS:
             self._enough = anyio.Event()
 
     def _transaction(self, batch: list[Result], conn: sqlite3.Connection) -> Outcome:

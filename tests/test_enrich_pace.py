@@ -1,0 +1,124 @@
+"""A job leaves room for the rest of the process: spread rows, few transactions, short collections."""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+
+from datasette_llm.enrich import JobSpec, collector
+from datasette_llm.enrich.collector import spare_older_objects
+from datasette_llm.enrich.job import EnrichJob
+from datasette_llm.enrich.spacing import FIRST_GAP_SECONDS, Spacing
+
+from .enrich_tables import TableFile, fake_model
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def sent_at(spacing: Spacing, asked: list[float], limit: int) -> list[float]:
+    return [at + spacing.wait(at, limit) for at in asked]
+
+
+def test_the_first_prompts_do_not_leave_all_at_once() -> None:
+    sent = sent_at(Spacing(), [5.0] * 100, limit=100)
+    assert sent == pytest.approx([5 + n * FIRST_GAP_SECONDS for n in range(100)])
+
+
+def test_a_burst_is_spread_over_three_quarters_of_the_time_an_answer_takes() -> None:
+    spacing = Spacing()
+    spacing.answered(2.0)
+    assert sent_at(spacing, [10.0] * 101, limit=100)[-1] == pytest.approx(10 + 0.75 * 2.0)
+
+
+def test_prompts_that_come_evenly_do_not_wait() -> None:
+    spacing = Spacing()
+    spacing.answered(2.0)
+    asked = [n * 2.0 / 100 for n in range(300)]
+    assert sent_at(spacing, asked, limit=100) == asked
+
+
+def test_what_was_missed_is_not_made_up_for() -> None:
+    spacing = Spacing()
+    spacing.answered(1.0)
+    assert spacing.wait(0.0, 10) == 0
+    sent = sent_at(spacing, [60.0] * 3, limit=10)
+    assert sent == pytest.approx([60, 60.075, 60.15])
+
+
+def test_a_model_that_answers_at_once_is_not_waited_for() -> None:
+    spacing = Spacing()
+    spacing.answered(0.001)
+    spacing.wait(0.0, 20)
+    assert sent_at(spacing, [1.0] * 20, limit=20) == [1.0] * 20
+
+
+def test_the_average_follows_a_provider_that_becomes_slow() -> None:
+    spacing = Spacing()
+    spacing.answered(0.1)
+    for _ in range(60):
+        spacing.answered(10.0)
+    spacing.wait(0.0, 10)
+    assert spacing.wait(0.0, 10) == pytest.approx(0.75, rel=0.01)
+
+
+@pytest.mark.real_clock
+async def test_answers_that_trickle_in_share_a_transaction(tmp_path: Path) -> None:
+    file = TableFile(tmp_path, "create table t (id integer primary key, body)")
+    file.run_many("insert into t(body) values (?)", [(f"row {n}",) for n in range(100)])
+    transactions: list[int] = []
+
+    async def answer(prompt: str) -> Any:
+        await anyio.sleep(0.002 * (int(prompt.split()[1]) % 50))
+        yield "answer"
+
+    spec = JobSpec(
+        database="data", table="t", prompt="{{ body }}", column="answer", model="fake", concurrency=50
+    )
+    with fake_model(answer):
+        job = EnrichJob(
+            file.datasette(), spec, on_settled=lambda done: transactions.append(len(done.written))
+        )
+        report = await job.run()
+    assert (report.written, sum(transactions)) == (100, 100)
+    # Never more than a transaction each quarter of a second, or per fifty rows.
+    assert len(transactions) <= 2 + 4 * report.elapsed
+    file.close()
+
+
+def test_what_was_there_before_a_job_is_collected_after_it() -> None:
+    class Node:
+        other: Node
+
+    node = Node()
+    node.other = node
+    seen: list[int] = [id(node)]
+
+    def alive() -> bool:
+        return any(isinstance(found, Node) for found in gc.get_objects())
+
+    with spare_older_objects():
+        with spare_older_objects():
+            assert gc.get_freeze_count() > collector.FROZEN_BY_PYTHON
+        assert gc.get_freeze_count() > collector.FROZEN_BY_PYTHON
+        del node
+        gc.collect()
+    assert gc.get_freeze_count() == 0
+    assert alive()
+    gc.collect()
+    assert not alive()
+    assert seen
+
+
+def test_a_process_that_froze_its_objects_keeps_them_frozen() -> None:
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        with spare_older_objects():
+            pass
+        assert gc.get_freeze_count() == frozen
+    finally:
+        gc.unfreeze()

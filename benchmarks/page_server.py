@@ -63,6 +63,8 @@ def main() -> None:
     )
     pm.register(EnrichmentOnDemand(Path(path).stem, concurrency))
     listener = socket.create_server(("127.0.0.1", 0))
+    # As a server has it that opens its own socket: asyncio cannot tell that this one is TCP.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     server = uvicorn.Server(uvicorn.Config(datasette.app(), log_level="warning"))
 
     def stop_with_parent() -> None:

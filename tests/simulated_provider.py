@@ -198,7 +198,7 @@ async def send_all(
     def stir() -> None:
         # As map() does it: one prompt more than there are slots, so that an adaptive limit can grow.
         nonlocal running
-        while running < min(tasks, slots.limit + slots.can_grow):
+        while running < min(tasks, slots.wanted):
             prompt = next(numbers, None)
             if prompt is None:
                 break

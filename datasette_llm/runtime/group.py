@@ -32,6 +32,7 @@ from .stats import GroupStats
 from .supervisor import GRACE_SECONDS, Supervisor
 from .task import EntryGate
 from .throttle import get_throttle
+from .tracing import is_traced
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -115,6 +116,11 @@ class Group(Supervisor):
         self._failed: list[PromptResponse] = []
         self._errors: list[Exception] = []
         self._maps: dict[MapRun[Any], None] = {}
+        self._traced = is_traced()
+
+    @property
+    def traced(self) -> bool:
+        return self._traced  # Asked once, not for each of a hundred thousand prompts.
 
     @property
     def stats(self) -> GroupStats:

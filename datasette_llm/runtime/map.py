@@ -186,9 +186,7 @@ class MapRun(Generic[T]):
     @property
     def has_room(self) -> bool:
         """Whether another item may be pulled."""
-        slots = self._slots
-        # An adaptive limit grows only while somebody waits for it.
-        return self._outstanding < slots.limit + slots.can_grow and not self.exhausted
+        return self._outstanding < self._slots.wanted and not self.exhausted
 
     def stir(self) -> None:
         """Have another item pulled, if there is room for one."""

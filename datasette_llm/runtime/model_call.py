@@ -111,35 +111,38 @@ class ModelCall:
         if response.attempts:
             response._restart(self._ask())
         tokens = _estimated_tokens(response._observed) if slots.paced else 0
-        if not slots.acquire_nowait(tokens):
+        if slots.acquire_nowait(tokens):
+            started = slots.acquired_at
+        else:
             if again is None:
                 await slots.acquire(tokens)
             else:
                 with again.waiting():
                     await slots.acquire(tokens, first=True)
+            started = slots.now()
         outcome = _CANCELLED
-        started = slots.now()
         if self._started is None:
             self._started = started
         try:
             self._begin()
-            self._check_refusal()
+            if self._task.supervisor.refusal is not None:
+                self._check_refusal()
             response.attempts += 1
             if self._settings.timeout is None:
                 await self._drive()
             else:
                 await self._drive_in_time(self._settings.timeout)
-            outcome = _OK if slots.indifferent else self._answered(slots.now() - started)
+            outcome = self._answered() if slots.paced else _OK
         except Exception as error:
             failure = classify(error)
             if failure.kind == "authentication" and failure.status != 403:
                 # 403 may be about this one request: a model, a region, a content.
                 self._key_refused(error)
             kind = failure.kind if failure.kind in ("throttled", "transient") else "failed"
-            outcome = Outcome(kind, retry_after=failure.retry_after, seconds=slots.now() - started)
+            outcome = Outcome(kind, retry_after=failure.retry_after)
             raise
         finally:
-            slots.release(outcome)
+            slots.release(outcome, started)
 
     def _check_refusal(self) -> None:
         refusal = self._task.supervisor.refusal
@@ -154,9 +157,8 @@ class ModelCall:
     def _uses_chosen_key(self) -> bool:
         return self._response._observed._key == self._task.choice.key
 
-    def _answered(self, seconds: float) -> Outcome:
-        tokens = _used_tokens(self._response._observed) if self._slots.paced else None
-        return Outcome("ok", seconds=seconds, tokens=tokens)
+    def _answered(self) -> Outcome:
+        return Outcome("ok", tokens=_used_tokens(self._response._observed))
 
     def _begin(self) -> None:
         task = self._task

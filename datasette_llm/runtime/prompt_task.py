@@ -11,7 +11,6 @@ from ..errors import PromptCancelled
 from .model_call import ModelCall
 from .response import PromptResponse, used_tokens
 from .task import SupervisedTask, misplaced
-from .tracing import prompt_span
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -137,7 +136,7 @@ class PromptTask(SupervisedTask):
         """
         error: Exception | None = PromptCancelled("the prompt was cancelled")
         self.supervisor.counters.waiting += 1
-        with prompt_span(self.choice, "chat") as self._span:
+        with self.open_span() as self._span:
             try:
                 await self._call.run()
                 error = None

@@ -11,6 +11,7 @@ import anyio
 
 from .datasette_side import backend
 from .loops import LoopDoor
+from .tracing import is_traced
 
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
@@ -62,6 +63,11 @@ class Supervisor:
         self._cancelled = False
         self._winding_down = False
         self._idle: anyio.Event | None = None
+
+    @property
+    def traced(self) -> bool:
+        """Whether its prompts run in spans."""
+        return is_traced()
 
     def start(self, task: SupervisedTask) -> None:
         """Run a task as a child of this supervisor, in the caller's context. Returns at once."""

@@ -34,10 +34,11 @@ from .._compat import BaseExceptionGroup
 from ..errors import PromptCancelled
 from . import native_cancel
 from .hook_scope import PromptResult, entered, find_wrappers, hooks_wrap_prompts
-from .tracing import describe_end, prompt_span
+from .tracing import describe_end, no_span, prompt_span
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from opentelemetry.trace import Span
 
@@ -190,7 +191,7 @@ class SupervisedTask:
         """
         error: Exception | None = PromptCancelled("the task was stopped before it could settle")
         self.supervisor.counters.waiting += 1
-        with prompt_span(self.choice, "chain" if self.is_chain else "chat") as self._span:
+        with self.open_span() as self._span:
             try:
                 error = await self._live()
             except get_cancelled_exc_class() as stop:
@@ -201,6 +202,12 @@ class SupervisedTask:
                 self._end(error)
         if self._interruption is not None:
             raise self._interruption
+
+    def open_span(self) -> AbstractContextManager[Span | None]:
+        """The span that this task runs in, if anybody collects spans."""
+        if not self.supervisor.traced:
+            return no_span
+        return prompt_span(self.choice, "chain" if self.is_chain else "chat")
 
     def never_ran(self) -> None:
         """End, because there is no supervisor any more to run it."""

@@ -54,7 +54,7 @@ class Outcome(NamedTuple):
 class Slots:
     """One group's view of a throttle. Every acquire is followed by exactly one release."""
 
-    __slots__ = ("_lane", "_throttle", "in_use", "now", "throttled_seconds")
+    __slots__ = ("_lane", "_throttle", "acquired_at", "in_use", "now", "throttled_seconds")
 
     def __init__(self, throttle: Throttle, lane: Lane) -> None:
         self._throttle = throttle
@@ -62,6 +62,8 @@ class Slots:
         #: The event loop's clock, read faster than through anyio.
         self.now = throttle._now
         self.in_use = 0
+        #: When ``acquire_nowait()`` last took a slot.
+        self.acquired_at = 0.0
         self.throttled_seconds = 0.0
 
     @property
@@ -70,20 +72,18 @@ class Slots:
         return self._lane.limit
 
     @property
-    def can_grow(self) -> bool:
-        """Whether the limit grows if somebody waits for it: it adapts, and is not at its maximum."""
+    def wanted(self) -> int:
+        """How many calls to have at hand: the limit, and one to wait for it where that makes it grow."""
         adaptive = self._lane.adaptive
-        return adaptive is not None and adaptive.limit < adaptive.bounds.max
+        if adaptive is None:
+            return self._lane.fixed
+        limit = adaptive.limit
+        return limit + 1 if limit < adaptive.bounds.max else limit
 
     @property
     def paced(self) -> bool:
         """Whether anything but the number in flight can make somebody wait; then a call's tokens count."""
         return self._throttle._paced
-
-    @property
-    def indifferent(self) -> bool:
-        """Whether nothing depends on how long a successful call took and what it used."""
-        return not self._throttle._paced and self._lane.adaptive is None
 
     def acquire_nowait(self, tokens: int = 0) -> bool:
         """Take a slot if a call may start at once.
@@ -98,6 +98,7 @@ class Slots:
         if throttle._paced and (throttle._waiting or throttle._opening(now, tokens) > now):
             return False
         throttle._start(self, now, tokens)
+        self.acquired_at = now
         return True
 
     async def acquire(self, tokens: int = 0, *, first: bool = False) -> None:
@@ -118,9 +119,13 @@ class Slots:
             return
         await self._throttle._wait(Waiter(self, tokens), first=first)
 
-    def release(self, outcome: Outcome) -> None:
-        """Give the slot back, and say how the call went."""
-        self._throttle._release(self, outcome)
+    def release(self, outcome: Outcome, started: float | None = None) -> None:
+        """Give the slot back, and say how the call went.
+
+        Args:
+            started: when the call started, by ``now()``; without it ``outcome.seconds`` counts.
+        """
+        self._throttle._release(self, outcome, started)
 
 
 class Throttle:
@@ -218,18 +223,19 @@ class Throttle:
         if self._waiting:
             self._dispatch(now)
 
-    def _release(self, slots: Slots, outcome: Outcome) -> None:
+    def _release(self, slots: Slots, outcome: Outcome, started: float | None) -> None:
         lane = slots._lane
         slots.in_use -= 1
         lane.in_use -= 1
         if self._paced or outcome.kind != "ok" or lane.adaptive is not None:
-            self._learn(lane, outcome)
+            self._learn(lane, outcome, started)
         self._in_use -= 1
         if self._waiting:
             self._dispatch(self._now())
 
-    def _learn(self, lane: Lane, outcome: Outcome) -> None:
+    def _learn(self, lane: Lane, outcome: Outcome, started: float | None) -> None:
         now = self._now()
+        seconds = outcome.seconds if started is None else now - started
         if self._paced:
             # Which estimate was this call's is not known, only what all that run were estimated at.
             estimated = self._estimated_tokens / self._in_use
@@ -238,12 +244,12 @@ class Throttle:
                 self._fixed_tokens.take(now, outcome.tokens - estimated)
         if outcome.kind == "ok":
             if lane.adaptive is not None:
-                lane.adaptive.answered(now, outcome.seconds)
+                lane.adaptive.answered(now, seconds)
             if self._cooldowns.active:
-                self._cooldowns.answered(now, outcome.seconds)
+                self._cooldowns.answered(now, seconds)
         elif outcome.kind == "throttled":
             self._cooldowns.refused(
-                now, outcome.seconds, outcome.retry_after, self._in_use - 1, self._announced.explains_refusal
+                now, seconds, outcome.retry_after, self._in_use - 1, self._announced.explains_refusal
             )
             self._paced = self._paced or self._cooldowns.active
 

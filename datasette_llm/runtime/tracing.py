@@ -20,23 +20,23 @@ if TYPE_CHECKING:
     from .choice import Choice
 
 _tracer = trace.get_tracer("datasette_llm")
-_no_span = nullcontext()
+#: Stands for the span of a prompt where nobody collects spans.
+no_span: AbstractContextManager[trace.Span | None] = nullcontext()
 
 
-def prompt_span(choice: Choice, operation: str) -> AbstractContextManager[trace.Span | None]:
-    """Hold a span open around a prompt, if anybody collects spans.
+def is_traced() -> bool:
+    """Whether anybody collects spans. OpenTelemetry looks into the environment for that."""
+    return not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
+
+
+@contextmanager
+def prompt_span(choice: Choice, operation: str) -> Iterator[trace.Span]:
+    """Hold a span open around a prompt.
 
     Args:
         choice: the model and purpose to name.
         operation: ``chat`` for a prompt, ``chain`` for a chain of them.
     """
-    if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
-        return _no_span
-    return _open_span(choice, operation)
-
-
-@contextmanager
-def _open_span(choice: Choice, operation: str) -> Iterator[trace.Span]:
     attributes = {
         "gen_ai.operation.name": operation,
         "gen_ai.request.model": choice.model_id,

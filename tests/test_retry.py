@@ -21,6 +21,7 @@ from llm.default_plugins.openai_models import AsyncChat, AsyncResponses
 from datasette_llm._compat import ExceptionGroup
 from datasette_llm.runtime.policy import RetryPolicy
 from datasette_llm.runtime.retry import (
+    Failure,
     IncompleteAnswer,
     check_complete,
     classify,
@@ -101,6 +102,11 @@ CLASSIFIED: list[tuple[BaseException, str]] = [
     (anyio.BrokenResourceError(), "transient"),
     (IncompleteAnswer("x"), "transient"),
     (llm.ModelError("the model would rather not"), "permanent"),
+    # llm-gemini's words for 429, 503, 500 and a wrong key.
+    (llm.ModelError("Resource has been exhausted (e.g. check quota)."), "throttled"),
+    (llm.ModelError("The model is overloaded. Please try again later."), "throttled"),
+    (llm.ModelError("An internal error has occurred. Please retry."), "transient"),
+    (llm.ModelError("API key not valid. Please pass a valid API key."), "authentication"),
     (llm.NeedsKeyException("no key"), "authentication"),
     (ValueError("x"), "permanent"),
     (KeyboardInterrupt(), "permanent"),
@@ -150,6 +156,17 @@ def test_broken_json_from_the_wire_is_transient() -> None:
         with pytest.raises(json.JSONDecodeError) as caught:
             read_by(module)()
         assert classify(caught.value).kind == kind
+
+
+def test_words_of_a_plugin_may_say_how_long_to_wait() -> None:
+    error = llm.ModelError("You exceeded your current quota, please check your plan. Please retry in 34.5s.")
+    assert classify(error) == Failure("throttled", 34.5)
+
+
+def test_what_a_plugins_words_were_made_from_counts_for_more() -> None:
+    error = llm.ModelError("422: the server is overloaded with nonsense")
+    error.__cause__ = openai_error(422)
+    assert classify(error).kind == "permanent"
 
 
 @pytest.mark.parametrize(

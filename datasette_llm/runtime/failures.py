@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import cache
@@ -67,12 +68,17 @@ _PERMANENT = Failure("permanent")
 def classify(exc: BaseException) -> Failure:
     """Say what a failed model call means, from the exception, its causes and a group's members.
 
-    The first exception of the chain that tells something decides, the outermost first.
+    The first exception of the chain that tells something decides, the outermost first. Where none does,
+    the words of a ``llm.ModelError`` may.
     """
-    for error in _chain(exc):
+    errors = list(_chain(exc))
+    for error in errors:
         failure = _classify_one(error)
         if failure is not None:
             return failure
+    for error in errors:
+        if isinstance(error, llm.ModelError):
+            return _classify_words(str(error))
     return _PERMANENT
 
 
@@ -131,6 +137,28 @@ _CODES: dict[str, Kind] = {
     "timeout": "transient",
     "timeout_error": "transient",
 }
+
+
+#: What Google's Gemini API says with the statuses 429, 503, 500, 504 and (wrong key) 400: llm-gemini passes
+#: on the words alone.
+_WORDS: tuple[tuple[re.Pattern[str], Kind], ...] = (
+    (
+        re.compile(r"resource has been exhausted|exceeded your current quota|overloaded|high demand"),
+        "throttled",
+    ),
+    (re.compile(r"internal error|service is currently unavailable|deadline expired"), "transient"),
+    (re.compile(r"api key not valid|api key expired"), "authentication"),
+)
+_RETRY_IN = re.compile(r"retry in (\d+(?:\.\d+)?) ?s")
+
+
+def _classify_words(text: str) -> Failure:
+    text = text.lower()
+    for words, kind in _WORDS:
+        if words.search(text):
+            wait = _RETRY_IN.search(text)
+            return Failure(kind, float(wait.group(1)) if wait else None)
+    return _PERMANENT
 
 
 def _was_raised_in_sdk(error: BaseException) -> bool:

@@ -8,6 +8,7 @@ page is answered (measured: four times in 13 seconds, for 3,000 rows).
 from __future__ import annotations
 
 import gc
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 FROZEN_BY_PYTHON = 1_000
 
 _jobs = 0
+# Event loops of several threads may have jobs.
+_lock = threading.Lock()
 
 
 @contextmanager
@@ -28,14 +31,16 @@ def spare_older_objects() -> Iterator[None]:
     that has frozen objects itself (``gc.freeze()``) is left as it is.
     """
     global _jobs
-    if _jobs == 0 and gc.get_freeze_count() > FROZEN_BY_PYTHON:
-        yield
-        return
-    _jobs += 1
-    gc.freeze()
+    with _lock:
+        left_alone = _jobs == 0 and gc.get_freeze_count() > FROZEN_BY_PYTHON
+        if not left_alone:
+            _jobs += 1
+            gc.freeze()
     try:
         yield
     finally:
-        _jobs -= 1
-        if _jobs == 0:
-            gc.unfreeze()
+        if not left_alone:
+            with _lock:
+                _jobs -= 1
+                if _jobs == 0:
+                    gc.unfreeze()

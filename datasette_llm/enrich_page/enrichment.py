@@ -115,9 +115,9 @@ class PromptEnrichment(Enrichment):  # type: ignore[misc]  # datasette-enrichmen
         keys = [tuple(_from_json(row[name]) for name in pks) for row in rows]
         async with run.job.working:
             before = await _recorded(db, job_id)
-            todo = tuple(key for key in keys if key not in run.job.written)
+            remaining = tuple(key for key in keys if key not in run.job.written)
             actor = await _actor(datasette, actor_id)
-            only = NamedRows(tuple(pks), todo)
+            only = NamedRows(tuple(pks), remaining)
             # How many failures are too many is decided here.
             spec = _spec(db, table, config, actor=actor, only=only, max_failures=len(rows) + 1)
             batch = _Batch(run, db, job_id, spec)

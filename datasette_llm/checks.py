@@ -14,6 +14,8 @@ from .settings import ROOT, get_settings
 if TYPE_CHECKING:
     from datasette.app import Datasette
 
+    from .catalog import AnyAsyncModel
+
 
 def check_configuration(datasette: Datasette) -> list[str]:
     """Return a sentence for everything in the configuration that can't have its effect here.
@@ -24,6 +26,14 @@ def check_configuration(datasette: Datasette) -> list[str]:
     get_settings(datasette)
     _check_options(datasette)
     return [*_unknown_models(datasette), *_unavailable_defaults(datasette)]
+
+
+def default_models(datasette: Datasette) -> list[AnyAsyncModel]:
+    """Return the models that are the default for something here, as far as they are installed."""
+    settings, snapshot = get_settings(datasette), get_snapshot()
+    names = [get_plan(datasette, purpose).default for purpose in [None, *(settings.purposes or {})]]
+    ids = dict.fromkeys(snapshot.resolve(name) for name in names if name)
+    return [snapshot.for_hooks[model_id] for model_id in ids if model_id is not None]
 
 
 def _check_options(datasette: Datasette) -> None:

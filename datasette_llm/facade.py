@@ -10,7 +10,7 @@ from .access import Plan, authorize, filter_by_hooks, get_plan, resolve_model_id
 from .keys import KeyRing
 from .models import WrappedAsyncModel, open_group
 from .runtime.choice import Choice
-from .runtime.clients import prepare_clients
+from .runtime.loading import load_in_thread
 
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
@@ -113,7 +113,7 @@ class LLM:
         if key is not None and (not isinstance(model, llm.AsyncKeyModel) or model.key is not None):
             # Models of the older kind read their own attribute; and llm prefers it to the key of a call.
             model.key = key if not isinstance(model, llm.AsyncKeyModel) else None
-        await prepare_clients(model)
+        await load_in_thread(model)
         return Choice(
             model=model,
             model_id=chosen,

@@ -23,11 +23,14 @@ plugin_manager()  # From here on Datasette knows the hooks, before any plugin's 
 
 @hookimpl
 def startup(datasette: Datasette) -> None:
-    """Stop on a wrong configuration; warn of one that cannot mean what it says."""
-    from .checks import check_configuration
+    """Stop on a wrong configuration; warn of one that cannot mean what it says; load what prompts need."""
+    from .checks import check_configuration, default_models
+    from .runtime.loading import load_now
 
     for problem in check_configuration(datasette):
         logger.warning("%s", problem)
+    for model in default_models(datasette):
+        load_now(model)
 
 
 @hookimpl(optionalhook=True)  # Datasette 1.0a40 and later

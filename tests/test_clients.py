@@ -15,9 +15,12 @@ import llm
 import openai
 import pytest
 from anyio.abc import SocketAttribute
+from datasette.app import Datasette
 from llm.default_plugins.openai_models import AsyncChat, AsyncResponses
 
+from datasette_llm import plugin
 from datasette_llm.runtime import clients as clients_module
+from datasette_llm.runtime import loading
 from datasette_llm.runtime.clients import ClientPool
 
 from .fakes import FakeModel
@@ -337,17 +340,79 @@ async def test_the_sync_twin_of_the_factory_still_works() -> None:
     client.close()
 
 
-async def test_what_the_first_client_takes_is_done_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_the_first_client_takes_is_loaded_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = threads_that_load(monkeypatch)
+    await loading.load_in_thread(FakeModel())
+    assert threads == []
+    await loading.load_in_thread(AsyncChat("m"))
+    await loading.load_in_thread(AsyncChat("m"))
+    assert len(threads) == 1
+    assert threads[0] is not threading.current_thread()
+
+
+@pytest.mark.parametrize(
+    ("config", "loads"),
+    [
+        ({"default_model": "gpt-4o-mini"}, 1),
+        ({"purposes": {"enrichments": {"model": "gpt-4o-mini"}, "query": {"model": "gpt-4o"}}}, 1),
+        ({"default_model": "fake"}, 0),
+        ({"default_model": "there-is-no-such-model"}, 0),
+        ({}, 0),
+    ],
+)
+async def test_a_starting_datasette_loads_it_for_its_default_models(
+    config: dict[str, Any], loads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = threads_that_load(monkeypatch)
+    plugin.startup(Datasette(memory=True, config={"plugins": {"datasette-llm": config}}))
+    assert len(threads) == loads
+
+
+def threads_that_load(monkeypatch: pytest.MonkeyPatch) -> list[threading.Thread]:
     threads: list[threading.Thread] = []
 
     def load() -> None:
         threads.append(threading.current_thread())
+        monkeypatch.setattr(loading, "_loaded", True)
 
-    monkeypatch.setattr(clients_module, "_prepared", False)
-    monkeypatch.setattr(clients_module, "_prepare", load)
-    await clients_module.prepare_clients(FakeModel())
-    assert threads == []
-    await clients_module.prepare_clients(AsyncChat("m"))
-    await clients_module.prepare_clients(AsyncChat("m"))
-    assert len(threads) == 1
-    assert threads[0] is not threading.current_thread()
+    monkeypatch.setattr(loading, "_loaded", False)
+    monkeypatch.setattr(loading, "_load", load)
+    return threads
+
+
+async def test_the_first_client_of_a_pool_is_made_in_a_thread() -> None:
+    threads: list[threading.Thread] = []
+
+    class Chat(AsyncChat):
+        def get_client(self, key: str | None, *, async_: bool = False) -> Any:
+            threads.append(threading.current_thread())
+            return super().get_client(key, async_=async_)  # type: ignore[no-untyped-call]
+
+    async with serving() as provider:
+        model = Chat("m", api_base=provider.url)  # type: ignore[no-untyped-call]
+        pool = ClientPool()
+        pool.adopt(model)
+        await pool.prepare(model, "key-1")
+        assert len(threads) == 1
+        assert threads[0] is not threading.current_thread()
+        assert await ask(model, "key-1") == "hello you"
+        assert len(threads) == 1
+        await pool.aclose()
+
+
+async def test_a_client_that_cannot_be_made_is_the_first_prompts_error() -> None:
+    class Chat(AsyncChat):
+        def get_client(self, key: str | None, *, async_: bool = False) -> Any:
+            raise RuntimeError("no certificates")
+
+    model = Chat("m")  # type: ignore[no-untyped-call]
+    pool = ClientPool()
+    pool.adopt(model)
+    await pool.prepare(model, "key-1")
+    with pytest.raises(RuntimeError, match="no certificates"):
+        model.get_client("key-1", async_=True)
+    await pool.aclose()
+
+
+async def test_a_model_that_makes_its_clients_itself_is_not_prepared() -> None:
+    await ClientPool().prepare(FakeModel(), "key-1")

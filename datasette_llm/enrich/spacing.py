@@ -4,20 +4,24 @@ A hundred prompts that are sent together are answered together, by a provider th
 each. Whoever wants a page of Datasette at that moment waits until a hundred answers are taken in and
 the next hundred prompts are sent. Sent one after the other they come back one after the other.
 
-The gap between two is three quarters of what keeps the number in flight just full (Little's law: in
-flight = rate x seconds per answer), so it costs next to no throughput and evens out again what a pause
-of the event loop or of the provider has pushed together.
+The gap between two is nine tenths of what keeps the number in flight just full (Little's law: in flight =
+rate x seconds per answer), so it costs next to no throughput and evens out again what a pause of the
+event loop or of the provider has pushed together. While that number is still being found out the gap is
+half as long: an adaptive limit grows when more is wanted than it allows.
 """
 
 from __future__ import annotations
 
-SHARE_OF_EVEN_GAP = 0.75
+SHARE_OF_EVEN_GAP = 0.9
+SHARE_WHILE_GROWING = 0.5
+# A limit that has not grown for so many answer times is taken for found.
+GROWING_ANSWERS = 2.0
 # Between two prompts before the first answer, when nobody knows how long one takes.
 FIRST_GAP_SECONDS = 0.004
 # No timer is worth setting for less.
 LEAST_SECONDS = 0.001
-# Share of the newest answer in the average.
-SMOOTHING = 0.1
+# Share of the newest answer in the average: of answers that differ by half of their mean it is off by 7 %.
+SMOOTHING = 0.03
 
 
 class Spacing:
@@ -26,6 +30,8 @@ class Spacing:
     def __init__(self) -> None:
         self._answer_seconds: float | None = None
         self._next = 0.0
+        self._limit: int | None = None
+        self._growing_until = 0.0
 
     def answered(self, seconds: float) -> None:
         """Take note of how long an answer took."""
@@ -43,7 +49,11 @@ class Spacing:
         if self._answer_seconds is None:
             gap = FIRST_GAP_SECONDS
         else:
-            gap = SHARE_OF_EVEN_GAP * self._answer_seconds / limit
+            if self._limit is not None and limit > self._limit:
+                self._growing_until = now + GROWING_ANSWERS * self._answer_seconds
+            share = SHARE_WHILE_GROWING if now < self._growing_until else SHARE_OF_EVEN_GAP
+            gap = share * self._answer_seconds / limit
+        self._limit = limit
         # What was missed is not made up for: that would be the next burst.
         at = max(self._next, now)
         self._next = at + gap

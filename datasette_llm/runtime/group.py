@@ -211,12 +211,18 @@ class GroupBlock:
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Group:
-        await self._stack.enter_async_context(datasette_side.open_side())
+        group = self.group
+        try:
+            await group.clients.prepare(group.choice.model, group.choice.key)
+            await self._stack.enter_async_context(datasette_side.open_side())
+        except BaseException:
+            await group.clients.aclose()
+            raise
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
-        self.group._tasks = self._tasks
+        group._tasks = self._tasks
         self._tasks.start_soon(self._watch)
-        return self.group
+        return group
 
     async def _watch(self) -> None:
         """Notice a cancellation from outside even while the body does not (in a thread, say)."""

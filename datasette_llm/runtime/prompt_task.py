@@ -100,7 +100,7 @@ class PromptTask(SupervisedTask):
         # The task, its call and its response know each other: without this only the garbage
         # collector could free them.
         del self._call
-        if self._started is not None:
+        if self._started is not None and not self._running:
             self._started.set()
 
     async def start(self) -> PromptResponse:

@@ -21,16 +21,17 @@ import os
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import anyio
-from anyio.lowlevel import RunVar, checkpoint, current_token
+from anyio.lowlevel import RunVar, checkpoint
 
 from .adaptive import AdaptiveLimit
 from .announced import AnnouncedLimits
 from .cooldown import Cooldowns
 from .lanes import Lane, Waiter
+from .loops import loop_clock
 from .pacing import fixed_buckets
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from .policy import ConcurrencyBounds, PromptSettings
 
@@ -132,8 +133,7 @@ class Throttle:
     """Slots, pace and cooldown for one provider key and model on one event loop."""
 
     def __init__(self, model_id: str, settings: PromptSettings) -> None:
-        # anyio.current_time() looks for the backend each time: more than all of acquire_nowait().
-        self._now: Callable[[], float] = getattr(current_token().native_token, "time", anyio.current_time)
+        self._now = loop_clock()
         self.throttled_seconds = 0.0
         self._fixed_requests, self._fixed_tokens = fixed_buckets(settings.rate_limit, self._now())
         self._announced = AnnouncedLimits()

@@ -38,6 +38,7 @@ OVER_HTTP: dict[str, Way] = {
     "plain llm": ways.through_plain_llm,
     "openai client": ways.through_openai,
     "page": page.pages_during_enrichment,
+    "page beside": page.pages_beside_enrichment,
 }
 IN_PROCESS: dict[str, Way] = {
     "instant plain llm": in_process.instant_plain_llm,
@@ -63,7 +64,7 @@ async def measure(work: Work) -> Result:
         if over_http:
             server = Server(work.url)
             server.configure()
-        if work.way not in ("memory", "page"):
+        if work.way not in ("memory", "page", "page beside"):
             # What a library does once, at its first call, is not what is measured.
             await way(Work(**(work.as_dict() | {"n": 3})), texts[:3], Result(3))
         if over_http:

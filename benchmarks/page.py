@@ -1,8 +1,12 @@
-"""How long a Datasette server's table page takes, idle and while an enrichment runs in that server."""
+"""How long a Datasette server's table page takes, idle and while its table is enriched.
+
+The enrichment runs in that server, or as ``datasette llm enrich`` in a process beside it.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -16,6 +20,8 @@ from urllib.parse import urlsplit
 import anyio.to_thread
 
 from .launch import ROOT
+from .models import MODEL_ID
+from .page_server import PROMPT
 from .rows import build_table
 
 if TYPE_CHECKING:
@@ -27,11 +33,16 @@ PAUSE_SECONDS = 0.01
 
 
 async def pages_during_enrichment(work: Work, prompts: list[str], result: Result) -> None:
-    """Ask for the page, idle at first, then until the enrichment of ``work.n`` rows is done."""
-    await anyio.to_thread.run_sync(_visit, work, result)
+    """Ask for the page, idle at first, then until the server has enriched ``work.n`` rows."""
+    await anyio.to_thread.run_sync(_visit, work, result, InTheServer)
 
 
-def _visit(work: Work, result: Result) -> None:
+async def pages_beside_enrichment(work: Work, prompts: list[str], result: Result) -> None:
+    """The same with ``datasette llm enrich`` in a process of its own."""
+    await anyio.to_thread.run_sync(_visit, work, result, BesideTheServer)
+
+
+def _visit(work: Work, result: Result, kind: type[Enrichment]) -> None:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "airports.db"
         database = build_table(path)
@@ -50,13 +61,12 @@ def _visit(work: Work, result: Result) -> None:
                 visitor = Visitor(process.stdout.readline().strip())
                 visitor.look(10)
                 idle = visitor.look(max(50, work.n // 5))
-                visitor.get("/-/benchmark-start")
                 started = time.perf_counter()
                 busy: list[float] = []
-                while (state := visitor.state())["state"] in ("pending", "running"):
-                    busy += visitor.look(20)
+                with kind(work, path, visitor) as enrichment:
+                    while enrichment.is_running():
+                        busy += visitor.look(20)
                 result.extra["enrichment_seconds"] = time.perf_counter() - started
-                result.extra["state"] = state
                 visitor.close()
             finally:
                 process.stdin.close()
@@ -76,6 +86,57 @@ def _visit(work: Work, result: Result) -> None:
             "p50_ms": median(seconds) * 1000,
             "p99_ms": quantiles(seconds, n=100)[98] * 1000,
         }
+
+
+class Enrichment:
+    """Fills a column of the table; started when the block is entered, ended when it is left."""
+
+    def __init__(self, work: Work, table: Path, visitor: Visitor) -> None:
+        self.work = work
+        self.table = table
+        self.visitor = visitor
+
+    def __enter__(self) -> Enrichment:
+        raise NotImplementedError
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def is_running(self) -> bool:
+        raise NotImplementedError
+
+
+class InTheServer(Enrichment):
+    """As a background task of the server that is looked at."""
+
+    def __enter__(self) -> Enrichment:
+        self.visitor.get("/-/benchmark-start")
+        return self
+
+    def is_running(self) -> bool:
+        return json.loads(self.visitor.get("/-/benchmark-state"))["state"] in ("pending", "running")
+
+
+class BesideTheServer(Enrichment):
+    """As a command beside the server."""
+
+    def __enter__(self) -> Enrichment:
+        home = self.table.parent
+        # llm's way to tell a command of a model.
+        model = {"model_id": MODEL_ID, "model_name": MODEL_ID, "api_base": self.work.url}
+        (home / "extra-openai-models.yaml").write_text(json.dumps([model]))
+        command = [sys.executable, "-m", "datasette", "llm", "enrich", str(self.table), self.table.stem]
+        command += [PROMPT, "--column", "surroundings", "--model", MODEL_ID, "--quiet"]
+        command += ["--concurrency", str(self.work.concurrency)]
+        self.process = subprocess.Popen(command, env={**os.environ, "LLM_USER_PATH": str(home)})
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def is_running(self) -> bool:
+        return self.process.poll() is None
 
 
 class Visitor:
@@ -102,10 +163,6 @@ class Visitor:
             assert b"</table>" in content
             time.sleep(PAUSE_SECONDS)
         return seconds
-
-    def state(self) -> dict[str, str]:
-        state: dict[str, str] = json.loads(self.get("/-/benchmark-state"))
-        return state
 
     def close(self) -> None:
         self._connection.close()

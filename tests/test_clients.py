@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import anyio.from_thread
 import httpx2
 import llm
 import openai
@@ -18,12 +19,12 @@ from anyio.abc import SocketAttribute
 from datasette.app import Datasette
 from llm.default_plugins.openai_models import AsyncChat, AsyncResponses
 
-from datasette_llm import plugin
+from datasette_llm import LLM, plugin
 from datasette_llm.runtime import clients as clients_module
 from datasette_llm.runtime import loading
 from datasette_llm.runtime.clients import ClientPool
 
-from .fakes import FakeModel
+from .fakes import FakeModel, registered
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -400,6 +401,31 @@ async def test_the_first_client_of_a_pool_is_made_in_a_thread() -> None:
         assert await ask(model, "key-1") == "hello you"
         assert len(threads) == 1
         await pool.aclose()
+
+
+async def test_a_group_that_is_cancelled_while_it_opens_leaves_no_client_open() -> None:
+    made: list[openai.AsyncOpenAI] = []
+    began = anyio.Event()
+
+    class Chat(AsyncChat):
+        def get_client(self, key: str | None, *, async_: bool = False) -> Any:
+            made.append(super().get_client(key, async_=async_))  # type: ignore[no-untyped-call]
+            anyio.from_thread.run_sync(began.set)
+            return made[0]
+
+    async def open_group(scope: anyio.CancelScope) -> None:
+        datasette = Datasette(memory=True, config={"plugins": {"datasette-llm": {"default_model": "m"}}})
+        with scope:
+            async with LLM(datasette).group():
+                await anyio.sleep_forever()
+
+    with registered(Chat("m", key="key-1")):  # type: ignore[no-untyped-call]
+        async with anyio.create_task_group() as tasks:
+            scope = anyio.CancelScope()
+            tasks.start_soon(open_group, scope)
+            await began.wait()
+            scope.cancel()
+    assert [client.is_closed() for client in made] == [True]
 
 
 async def test_a_client_that_cannot_be_made_is_the_first_prompts_error() -> None:

@@ -212,12 +212,8 @@ class GroupBlock:
 
     async def __aenter__(self) -> Group:
         group = self.group
-        try:
-            await group.clients.prepare(group.choice.model, group.choice.key)
-            await self._stack.enter_async_context(datasette_side.open_side())
-        except BaseException:
-            await group.clients.aclose()
-            raise
+        await group.clients.prepare(group.choice.model, group.choice.key)
+        await self._stack.enter_async_context(datasette_side.open_side())
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
         group._tasks = self._tasks

@@ -419,7 +419,7 @@ async def test_a_group_that_is_cancelled_while_it_opens_leaves_no_client_open() 
             async with LLM(datasette).group():
                 await anyio.sleep_forever()
 
-    with registered(Chat("m", key="key-1")):  # type: ignore[no-untyped-call]
+    with registered(Chat("m", key="key-1")):  # type: ignore[no-untyped-call, arg-type]
         async with anyio.create_task_group() as tasks:
             scope = anyio.CancelScope()
             tasks.start_soon(open_group, scope)

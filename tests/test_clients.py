@@ -326,9 +326,8 @@ async def test_other_models_are_left_alone() -> None:
 
 
 async def test_the_class_is_not_touched() -> None:
-    model = copy.copy(
-        AsyncChat("m")
-    )  # The first copy of all leaves a cache of the copy module's in the class.
+    # The first copy of all leaves a cache of the copy module's in the class.
+    model = copy.copy(AsyncChat("m"))
     before = dict(vars(AsyncChat))
     ClientPool().adopt(model)
     assert dict(vars(AsyncChat)) == before

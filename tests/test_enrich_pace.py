@@ -37,16 +37,16 @@ def test_a_burst_is_spread_over_nearly_the_time_an_answer_takes() -> None:
 def test_while_the_limit_grows_more_is_sent_than_it_allows() -> None:
     spacing = Spacing()
     spacing.answered(1.0)
-    spacing.wait(0.0, 10)
-    assert sent_at(spacing, [10.0] * 3, limit=20) == pytest.approx([10, 10.025, 10.05])
+    spacing.wait(0.0, 100)
+    assert sent_at(spacing, [10.0] * 3, limit=200) == pytest.approx([10, 10.0025, 10.005])
 
 
 def test_a_limit_that_has_not_grown_for_two_answers_is_found() -> None:
     spacing = Spacing()
     spacing.answered(1.0)
-    spacing.wait(0.0, 10)
-    spacing.wait(10.0, 20)
-    assert sent_at(spacing, [12.5] * 3, limit=20) == pytest.approx([12.5, 12.545, 12.59])
+    spacing.wait(0.0, 100)
+    spacing.wait(10.0, 200)
+    assert sent_at(spacing, [12.5] * 3, limit=200) == pytest.approx([12.5, 12.5045, 12.509])
 
 
 def test_prompts_that_come_evenly_do_not_wait() -> None:
@@ -59,9 +59,9 @@ def test_prompts_that_come_evenly_do_not_wait() -> None:
 def test_what_was_missed_is_not_made_up_for() -> None:
     spacing = Spacing()
     spacing.answered(1.0)
-    assert spacing.wait(0.0, 10) == 0
-    sent = sent_at(spacing, [60.0] * 3, limit=10)
-    assert sent == pytest.approx([60, 60.09, 60.18])
+    assert spacing.wait(0.0, 100) == 0
+    sent = sent_at(spacing, [60.0] * 3, limit=100)
+    assert sent == pytest.approx([60, 60.009, 60.018])
 
 
 def test_a_model_that_answers_at_once_is_not_waited_for() -> None:
@@ -75,9 +75,15 @@ def test_the_average_follows_a_provider_that_becomes_slow() -> None:
     spacing = Spacing()
     spacing.answered(0.1)
     for _ in range(200):
-        spacing.answered(10.0)
-    spacing.wait(0.0, 10)
-    assert spacing.wait(0.0, 10) == pytest.approx(0.9, rel=0.01)
+        spacing.answered(1.0)
+    spacing.wait(0.0, 100)
+    assert spacing.wait(0.0, 100) == pytest.approx(0.009, rel=0.01)
+
+
+def test_a_provider_that_was_slow_and_is_fast_again_is_soon_asked_faster() -> None:
+    spacing = Spacing()
+    spacing.answered(600.0)
+    assert sent_at(spacing, [0.0] * 101, limit=4)[-1] == pytest.approx(2)
 
 
 @pytest.mark.real_clock

@@ -18,6 +18,9 @@ SHARE_WHILE_GROWING = 0.5
 GROWING_ANSWERS = 2.0
 # Between two prompts before the first answer, when nobody knows how long one takes.
 FIRST_GAP_SECONDS = 0.004
+# One prompt in so many is no burst; and however slow the answers were, a provider that has become fast again
+# is soon asked faster, even by a job with few prompts in flight.
+MOST_SECONDS = 0.02
 # No timer is worth setting for less.
 LEAST_SECONDS = 0.001
 # Share of the newest answer in the average: of answers that differ by half of their mean it is off by 7 %.
@@ -52,7 +55,7 @@ class Spacing:
             if self._limit is not None and limit > self._limit:
                 self._growing_until = now + GROWING_ANSWERS * self._answer_seconds
             share = SHARE_WHILE_GROWING if now < self._growing_until else SHARE_OF_EVEN_GAP
-            gap = share * self._answer_seconds / limit
+            gap = min(MOST_SECONDS, share * self._answer_seconds / limit)
         self._limit = limit
         # What was missed is not made up for: that would be the next burst.
         at = max(self._next, now)

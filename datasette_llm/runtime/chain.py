@@ -25,7 +25,7 @@ from llm.parts import StreamEvent
 from ..errors import PromptCancelled
 from .loops import LoopDoor
 from .model_call import ModelCall
-from .response import EventReader, PromptResponse, used_tokens
+from .response import PromptResponse, used_tokens
 from .task import SupervisedTask
 from .tools import attachments_of, execute_tool_calls, pending_tool_calls, tool_message
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .choice import Choice
     from .conversation import Turn
     from .group import Group
+    from .readers import EventReader
     from .response import Prompter
     from .supervisor import Supervisor
     from .throttle import Slots

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from pluggy import HookimplMarker
 
-from datasette_llm.runtime.datasette_side import backend, call
+from datasette_llm.backends.datasette_side import backend, call
 
 if TYPE_CHECKING:
     import sqlite3

@@ -21,7 +21,7 @@ from anyio import get_cancelled_exc_class
 
 from datasette_llm import GroupClosed, PromptCancelled
 from datasette_llm._compat import BaseExceptionGroup
-from datasette_llm.runtime.datasette_side import backend
+from datasette_llm.backends.datasette_side import backend
 
 from .gauges import REFUSE, Refused
 from .provider import answer_text

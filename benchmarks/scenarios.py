@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from datasette_llm.runtime.policy import ConcurrencyBounds
+from datasette_llm.pace.policy import ConcurrencyBounds
 
 from .work import Result, Work
 

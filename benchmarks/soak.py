@@ -38,7 +38,7 @@ MORE_MB = 40.0
 
 async def at_rest(books: Books, server: Server, began: float, start: Figures | None = None) -> Figures:
     """Let the standalone prompts end, and measure when the process is back where it was at the start."""
-    from datasette_llm.runtime.root import drain
+    from datasette_llm.tasks.root import drain
 
     from .gauges import measure
 
@@ -87,7 +87,7 @@ async def soak(server: Server, *, seconds: float, every: float, seed: int, worke
     from datasette.plugins import pm
 
     from datasette_llm import LLM
-    from datasette_llm.runtime.datasette_side import call
+    from datasette_llm.backends.datasette_side import call
 
     from .gauges import Books, Figures, measure
     from .load import CONFIG, SERVER, Load

@@ -1,20 +1,22 @@
 """Run language models over data in Datasette.
 
-Layers, each importing only from those above it: ``runtime`` (prompts as supervised tasks), ``settings``,
-``catalog`` and ``access`` (which model, for whom), ``models`` and ``facade`` (what plugins call), and the
-glue: ``hookspecs``, ``enrich``, ``plugin`` and ``cli``. What is not listed in ``__all__`` is internal.
+Rooms, from the top down, each importing only from those below it: ``plugin`` and ``cli``, Datasette's side;
+``pages``, everything with HTML; ``enrich``, the main job; ``facade`` and ``models``, what plugins call;
+``access``, who may use which model; ``tasks``, prompts and who owns them; ``calls``, one model call;
+``responses``, what a caller reads; ``pace``, when a call may go; ``backends``, asyncio and trio. What is not
+listed in ``__all__`` is internal.
 """
 
 from __future__ import annotations
 
+from .access.purposes import Purpose, get_purposes
 from .enrich import enrich
 from .errors import GroupClosed, ModelNotFoundError, PromptCancelled
 from .facade import LLM
 from .models import GroupModel, WrappedAsyncModel, WrappedConversation
-from .purposes import Purpose, get_purposes
-from .runtime.group import Group
-from .runtime.hook_scope import PromptResult
-from .runtime.response import PromptResponse
+from .responses.response import PromptResponse
+from .tasks.group import Group
+from .tasks.hook_scope import PromptResult
 
 __all__ = [
     "LLM",

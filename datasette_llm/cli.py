@@ -17,8 +17,8 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from .enrich.report import EnrichReport
     from .enrich.spec import JobSpec
+    from .enrich.telling.report import EnrichReport
 
 # Generic to type checkers since click 8.4, and not at run time before it.
 if TYPE_CHECKING:
@@ -175,8 +175,8 @@ def enrich_command(
       143  stopped by SIGTERM
     """
     from .enrich.command import exit_code, go_on
-    from .enrich.display import open_display
     from .enrich.spec import JobSpec
+    from .enrich.telling.display import open_display
 
     if asked["column"] is None and asked["schema"] is None:
         raise click.UsageError(
@@ -253,9 +253,9 @@ def models_command(purpose: str | None, as_json: bool, config: str | None, inter
 @_INTERNAL_OPTION
 def purposes_command(as_json: bool, config: str | None, internal: str | None) -> None:
     """List what prompts are run for, and the default model of each purpose."""
+    from .access.purposes import get_purposes
     from .errors import ModelNotFoundError
     from .facade import LLM
-    from .purposes import get_purposes
 
     async def purposes(datasette: Any) -> list[dict[str, Any]]:
         found = []
@@ -289,8 +289,8 @@ def demo_command(path: str, backend: str) -> None:
     """
     from .enrich import demo
     from .enrich.command import exit_code
-    from .enrich.display import open_display
     from .enrich.errors import EnrichInputError
+    from .enrich.telling.display import open_display
 
     try:
         plan = demo.prepare(path)

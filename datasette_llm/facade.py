@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import llm
 
-from .access import Plan, authorize, filter_by_hooks, get_plan, resolve_model_id
-from .keys import KeyRing
+from .access.keys import KeyRing
+from .access.permissions import Plan, authorize, filter_by_hooks, get_plan, resolve_model_id
+from .calls.choice import Choice
+from .calls.loading import load_in_thread
 from .models import WrappedAsyncModel, open_group
-from .runtime.choice import Choice
-from .runtime.loading import load_in_thread
 
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from datasette.app import Datasette
 
-    from .catalog import AnyAsyncModel
+    from .access.catalog import AnyAsyncModel
     from .models import GroupModel
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import llm
     from datasette.app import Datasette
 
-    from .purposes import Purpose
+    from .access.purposes import Purpose
 
 hookspec = HookspecMarker("datasette")
 

@@ -5,26 +5,26 @@ from __future__ import annotations
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from .runtime.chain import Chain, ChainTask
-from .runtime.conversation import Turns
-from .runtime.group import Group, GroupBlock
-from .runtime.map import MapRun, PromptMap
-from .runtime.prompt_task import PromptTask
-from .runtime.root import root_supervisor
-from .runtime.throttle import get_throttle
+from .pace.throttle import get_throttle
+from .tasks.chain import Chain, ChainTask
+from .tasks.conversation import Turns
+from .tasks.group import Group, GroupBlock
+from .tasks.map import MapRun, PromptMap
+from .tasks.prompt_task import PromptTask
+from .tasks.root import root_supervisor
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 
     import llm
 
-    from .runtime.choice import Choice
-    from .runtime.clients import ClientPool
-    from .runtime.conversation import Turn
-    from .runtime.response import PromptResponse
-    from .runtime.stats import GroupStats
-    from .runtime.supervisor import Supervisor
-    from .runtime.throttle import Slots
+    from .calls.choice import Choice
+    from .calls.clients import ClientPool
+    from .pace.throttle import Slots
+    from .responses.response import PromptResponse
+    from .tasks.conversation import Turn
+    from .tasks.stats import GroupStats
+    from .tasks.supervisor import Supervisor
 
 T = TypeVar("T")
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from pluggy import HookimplMarker
 
+from .access.purposes import Purpose
 from .hookspecs import plugin_manager
-from .purposes import Purpose
 
 if TYPE_CHECKING:
     import click
@@ -24,8 +24,8 @@ plugin_manager()  # From here on Datasette knows the hooks, before any plugin's 
 @hookimpl
 def startup(datasette: Datasette) -> None:
     """Stop on a wrong configuration; warn of one that cannot mean what it says; load what prompts need."""
-    from .checks import check_configuration, default_models
-    from .runtime.loading import load_now
+    from .access.checks import check_configuration, default_models
+    from .calls.loading import load_now
 
     for problem in check_configuration(datasette):
         logger.warning("%s", problem)
@@ -36,11 +36,11 @@ def startup(datasette: Datasette) -> None:
 @hookimpl(optionalhook=True)  # Datasette 1.0a40 and later
 def shutdown(datasette: Datasette) -> Any:
     """Let the prompts that are still running settle, and close the connections."""
-    from .runtime.root import drain
+    from .tasks.root import drain
 
     async def end_all() -> None:
-        if "datasette_llm.enrich_page.runs" in sys.modules:
-            from .enrich_page.runs import end_runs
+        if "datasette_llm.pages.enrichments.runs" in sys.modules:
+            from .pages.enrichments.runs import end_runs
 
             await end_runs(datasette)
         await drain()
@@ -53,7 +53,7 @@ def register_secrets(datasette: Datasette) -> list[Any]:
     """Offer a secret for each provider of the installed models, and for each key the configuration names."""
     from datasette_secrets import Secret
 
-    from .keys import secret_names
+    from .access.keys import secret_names
 
     return [Secret(name, description) for name, description in secret_names(datasette).items()]
 
@@ -75,7 +75,7 @@ def register_llm_purposes(datasette: Datasette) -> list[Purpose]:
 @hookimpl(optionalhook=True)  # A hook of datasette-enrichments.
 def register_enrichments(datasette: Datasette) -> list[Any]:
     """Offer bulk enrichment in the table's own page."""
-    from .enrich_page.routes import enrichments
+    from .pages.enrichments.routes import enrichments
 
     return enrichments()
 
@@ -83,10 +83,10 @@ def register_enrichments(datasette: Datasette) -> list[Any]:
 @hookimpl(tryfirst=True)
 def register_routes(datasette: Datasette) -> list[Any]:
     """Check permissions in front of datasette-enrichments' pages, if there are any."""
-    from .enrich_page import is_possible
+    from .pages.enrichments import is_possible
 
     if not is_possible():
         return []
-    from .enrich_page.routes import routes
+    from .pages.enrichments.routes import routes
 
     return routes()

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from datasette_llm.runtime.policy import ConcurrencyBounds, PromptSettings
-from datasette_llm.runtime.throttle import Outcome, Throttle
+from datasette_llm.pace.policy import ConcurrencyBounds, PromptSettings
+from datasette_llm.pace.throttle import Outcome, Throttle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,7 +12,7 @@ from datasette.app import Datasette
 from datasette.plugins import pm
 
 from datasette_llm import LLM
-from datasette_llm.runtime.datasette_side import backend
+from datasette_llm.backends.datasette_side import backend
 
 from .fakes import FakeModel, registered
 from .hooks import hookimpl

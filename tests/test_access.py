@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datasette_llm.access import Plan, get_plan
-from datasette_llm.catalog import Snapshot, get_snapshot
+from datasette_llm.access.catalog import Snapshot, get_snapshot
+from datasette_llm.access.permissions import Plan, get_plan
+from datasette_llm.access.settings import parse_settings
 from datasette_llm.errors import ModelNotFoundError
 from datasette_llm.facade import LLM
-from datasette_llm.runtime.policy import RateLimit
-from datasette_llm.settings import parse_settings
+from datasette_llm.pace.policy import RateLimit
 
 from .fakes import FakeModel, registered
 from .hooks import datasette_with, hooked, llm_models

@@ -16,7 +16,7 @@ import pytest
 from anyio import get_cancelled_exc_class
 
 from datasette_llm import GroupClosed, PromptCancelled
-from datasette_llm.runtime.datasette_side import backend
+from datasette_llm.backends.datasette_side import backend
 
 from .fakes import FakeModel
 from .spies import Spy, Visit, nothing_left, watched

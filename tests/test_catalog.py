@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import llm
 import pytest
 
-from datasette_llm import catalog, llm_files
-from datasette_llm.catalog import get_snapshot
+from datasette_llm.access import catalog, llm_files
+from datasette_llm.access.catalog import get_snapshot
 from datasette_llm.errors import ModelNotFoundError
 
 from .fakes import FakeModel, registered

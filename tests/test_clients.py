@@ -20,9 +20,9 @@ from datasette.app import Datasette
 from llm.default_plugins.openai_models import AsyncChat, AsyncResponses
 
 from datasette_llm import LLM, plugin
-from datasette_llm.runtime import clients as clients_module
-from datasette_llm.runtime import loading
-from datasette_llm.runtime.clients import ClientPool
+from datasette_llm.calls import clients as clients_module
+from datasette_llm.calls import loading
+from datasette_llm.calls.clients import ClientPool
 
 from .fakes import FakeModel, registered
 

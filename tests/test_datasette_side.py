@@ -16,11 +16,11 @@ import pytest
 import trio.testing
 from datasette.app import Datasette
 
-from datasette_llm import runtime
+from datasette_llm import backends
 from datasette_llm._compat import BaseExceptionGroup
-from datasette_llm.runtime import datasette_side as side
-from datasette_llm.runtime import hosted_loop, trio_loop
-from datasette_llm.runtime.trio_loop import trio_asyncio
+from datasette_llm.backends import datasette_side as side
+from datasette_llm.backends import hosted_loop, trio_loop
+from datasette_llm.backends.trio_loop import trio_asyncio
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -623,7 +623,7 @@ class TestHostedLoop:
         monkeypatch.setitem(sys.modules, "trio_asyncio", None)
         for module in (hosted_loop, trio_loop):
             monkeypatch.delitem(sys.modules, module.__name__)
-            monkeypatch.delattr(runtime, module.__name__.rpartition(".")[2])
+            monkeypatch.delattr(backends, module.__name__.rpartition(".")[2])
 
     @pytest.mark.usefixtures("_no_trio_asyncio")
     @pytest.mark.parametrize(

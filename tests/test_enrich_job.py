@@ -9,8 +9,9 @@ import anyio
 import pytest
 
 from datasette_llm import ModelNotFoundError
-from datasette_llm.enrich import AlreadyRunning, EnrichInputError, EnrichJob, JobSpec, enrich, ledger, writer
-from datasette_llm.enrich.lock import only_job
+from datasette_llm.enrich import AlreadyRunning, EnrichInputError, EnrichJob, JobSpec, enrich, ledger
+from datasette_llm.enrich.writing import writer
+from datasette_llm.enrich.writing.lock import only_job
 
 from .enrich_tables import TableFile, close_datasette, fake_model
 
@@ -344,7 +345,7 @@ def test_locks_of_databases_in_memory_belong_to_the_process() -> None:
 async def test_a_database_in_memory_can_be_enriched() -> None:
     from datasette.app import Datasette
 
-    from datasette_llm.runtime.datasette_side import call
+    from datasette_llm.backends.datasette_side import call
 
     datasette = Datasette(memory=True)
     database = datasette.add_memory_database("enrich_in_memory")

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from datasette_llm.enrich import EnrichJob, JobSpec, selection
+from datasette_llm.enrich import EnrichJob, JobSpec
 from datasette_llm.enrich.database import read
-from datasette_llm.enrich.pages import count_rows, first_rows, read_rows
-from datasette_llm.enrich.selection import NamedSelection, Selection
+from datasette_llm.enrich.reading import selection
+from datasette_llm.enrich.reading.pages import count_rows, first_rows, read_rows
+from datasette_llm.enrich.reading.selection import NamedSelection, Selection
+from datasette_llm.enrich.reading.table import read_table
 from datasette_llm.enrich.spec import NamedRows
-from datasette_llm.enrich.table import read_table
 
 from .enrich_tables import TableFile, fake_model
 

@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from datasette_llm.enrich.errors import EnrichInputError, RowError
-from datasette_llm.enrich.schema import AnswerCheck, read_schema
+from datasette_llm.enrich.writing.schema import AnswerCheck, read_schema
 
 
 class Animal(BaseModel):

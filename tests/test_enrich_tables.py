@@ -9,8 +9,10 @@ import anyio
 import pytest
 
 from datasette_llm import enrich
-from datasette_llm.enrich import EnrichError, EnrichInputError, database, plan, selection, writer
-from datasette_llm.runtime.datasette_side import call
+from datasette_llm.backends.datasette_side import call
+from datasette_llm.enrich import EnrichError, EnrichInputError, database, plan
+from datasette_llm.enrich.reading import selection
+from datasette_llm.enrich.writing import writer
 
 from .enrich_tables import TableFile, fake_model
 

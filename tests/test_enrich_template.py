@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from datasette_llm.enrich.errors import EnrichInputError, RowError
-from datasette_llm.enrich.template import PromptTemplate
+from datasette_llm.enrich.reading.template import PromptTemplate
 
 COLUMNS = ("id", "name", "odd name", "notes", "picture", "row")
 ROW: dict[str, Any] = {

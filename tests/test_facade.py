@@ -10,7 +10,7 @@ import pytest
 
 from datasette_llm import LLM, GroupModel, WrappedAsyncModel
 from datasette_llm.errors import ModelNotFoundError
-from datasette_llm.runtime.policy import ConcurrencyBounds, RateLimit, RetryPolicy
+from datasette_llm.pace.policy import ConcurrencyBounds, RateLimit, RetryPolicy
 
 from .fakes import FakeModel, registered
 from .hooks import datasette_with, hooked

@@ -14,7 +14,7 @@ import trio
 
 from datasette_llm import PromptCancelled
 from datasette_llm._compat import BaseExceptionGroup
-from datasette_llm.runtime.datasette_side import backend
+from datasette_llm.backends.datasette_side import backend
 
 from .fakes import FakeModel
 from .hooks import hooked

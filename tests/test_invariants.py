@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from datasette_llm import GroupClosed, PromptCancelled, PromptResponse
 from datasette_llm._compat import ExceptionGroup
-from datasette_llm.runtime.datasette_side import backend
+from datasette_llm.backends.datasette_side import backend
 
 from .fakes import FakeModel
 from .spies import Spy, Visit, nothing_left, watched

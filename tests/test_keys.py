@@ -11,9 +11,9 @@ import pytest
 from cryptography.fernet import Fernet
 from datasette_secrets import get_secrets
 
+from datasette_llm.access.keys import provider_secret
+from datasette_llm.backends import datasette_side
 from datasette_llm.facade import LLM
-from datasette_llm.keys import provider_secret
-from datasette_llm.runtime import datasette_side
 
 from .fakes import FakeModel
 from .hooks import datasette_with, llm_models

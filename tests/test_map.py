@@ -14,8 +14,8 @@ import pytest
 from datasette.app import Datasette
 
 from datasette_llm import LLM, GroupClosed, PromptCancelled
-from datasette_llm.runtime.choice import Choice
-from datasette_llm.runtime.policy import ConcurrencyBounds, PromptSettings
+from datasette_llm.calls.choice import Choice
+from datasette_llm.pace.policy import ConcurrencyBounds, PromptSettings
 
 from .fakes import FakeModel, registered
 from .hooks import hooked

@@ -14,9 +14,9 @@ from datasette.plugins import pm
 from datasette.utils import StartupError
 
 from datasette_llm import Purpose, get_purposes
+from datasette_llm.backends import datasette_side
 from datasette_llm.hookspecs import plugin_manager
 from datasette_llm.plugin import register_llm_purposes
-from datasette_llm.runtime import datasette_side
 
 from .fakes import FakeModel, registered
 from .hooks import datasette_with, hooked

@@ -12,7 +12,7 @@ import anyio
 import pytest
 
 from datasette_llm import PromptCancelled, PromptResponse
-from datasette_llm.runtime.datasette_side import backend
+from datasette_llm.backends.datasette_side import backend
 
 from .fakes import FakeModel
 from .hooks import hooked

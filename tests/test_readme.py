@@ -19,9 +19,9 @@ from datasette.cli import cli
 
 import datasette_llm
 from datasette_llm import hookspecs
+from datasette_llm.access.settings import PLUGIN_NAME, PluginSettings, PurposeSettings, parse_settings
 from datasette_llm.cli import llm_group
-from datasette_llm.runtime.policy import PromptSettings
-from datasette_llm.settings import PLUGIN_NAME, PluginSettings, PurposeSettings, parse_settings
+from datasette_llm.pace.policy import PromptSettings
 
 from .enrich_tables import close_datasette
 

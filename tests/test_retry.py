@@ -19,8 +19,7 @@ import pytest
 from llm.default_plugins.openai_models import AsyncChat, AsyncResponses
 
 from datasette_llm._compat import ExceptionGroup
-from datasette_llm.runtime.policy import RetryPolicy
-from datasette_llm.runtime.retry import (
+from datasette_llm.calls.retry import (
     Failure,
     IncompleteAnswer,
     check_complete,
@@ -28,6 +27,7 @@ from datasette_llm.runtime.retry import (
     retry_after_seconds,
     retrying,
 )
+from datasette_llm.pace.policy import RetryPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -16,9 +16,9 @@ import trio
 from anyio.lowlevel import checkpoint
 
 from datasette_llm import PromptCancelled
-from datasette_llm.runtime import root as root_module
-from datasette_llm.runtime.datasette_side import backend
-from datasette_llm.runtime.root import drain, root_supervisor
+from datasette_llm.backends.datasette_side import backend
+from datasette_llm.tasks import root as root_module
+from datasette_llm.tasks.root import drain, root_supervisor
 
 from .fakes import FakeModel
 from .spies import Spy, Visit, nothing_left, running_tasks, watched

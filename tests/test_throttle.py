@@ -11,9 +11,9 @@ from anyio.lowlevel import checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datasette_llm.runtime.pacing import Bucket
-from datasette_llm.runtime.policy import ConcurrencyBounds, PromptSettings, RateLimit, RetryPolicy
-from datasette_llm.runtime.throttle import Outcome, Slots, Throttle, get_throttle
+from datasette_llm.pace.pacing import Bucket
+from datasette_llm.pace.policy import ConcurrencyBounds, PromptSettings, RateLimit, RetryPolicy
+from datasette_llm.pace.throttle import Outcome, Slots, Throttle, get_throttle
 
 OK = Outcome("ok", seconds=0.1)
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 
-from datasette_llm.runtime.announced import seconds_until
-from datasette_llm.runtime.policy import ConcurrencyBounds
+from datasette_llm.pace.announced import seconds_until
+from datasette_llm.pace.policy import ConcurrencyBounds
 
 from .simulated_provider import SimulatedProvider, send_all
 

@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from datasette_llm import LLM
-from datasette_llm.runtime import tracing
+from datasette_llm.calls import tracing
 from tests.fakes import FakeModel, registered
 from tests.hooks import datasette_with, hooked
 

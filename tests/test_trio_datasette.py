@@ -12,7 +12,7 @@ from cryptography.fernet import Fernet
 from datasette.app import Datasette
 
 from datasette_llm import LLM, ModelNotFoundError
-from datasette_llm.runtime.datasette_side import call
+from datasette_llm.backends.datasette_side import call
 
 from .fakes import FakeModel, registered
 from .hooks import hooked, llm_models

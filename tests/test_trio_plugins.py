@@ -13,7 +13,7 @@ from datasette.app import Datasette
 from datasette.plugins import pm
 
 from datasette_llm import LLM, PromptCancelled
-from datasette_llm.runtime.datasette_side import call
+from datasette_llm.backends.datasette_side import call
 
 from .fakes import FakeModel, registered
 from .hooks import hooked
@@ -26,13 +26,7 @@ pytest.importorskip("datasette_llm_usage")
 
 import datasette_llm_accountant  # not installed everywhere
 import datasette_llm_usage
-from datasette_llm_accountant import (
-    Accountant,
-    InsufficientBalanceError,
-    Nanocents,
-    PricingProvider,
-    Tx,
-)
+from datasette_llm_accountant import Accountant, InsufficientBalanceError, Nanocents, PricingProvider, Tx
 
 pytestmark = pytest.mark.real_clock
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import AlreadyRunning, EnrichError, EnrichInputError
 from .job import EnrichJob
-from .report import EnrichProgress, EnrichReport, FailureKind
 from .spec import JobSpec
+from .telling.report import EnrichProgress, EnrichReport, FailureKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

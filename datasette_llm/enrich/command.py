@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from datasette_llm._compat import BaseExceptionGroup
-from datasette_llm.runtime.datasette_side import call, open_side
+from datasette_llm.backends.datasette_side import call, open_side
 
 from .database import recover
 from .job import EnrichJob, raise_bare
@@ -26,9 +26,9 @@ from .job import EnrichJob, raise_bare
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
-    from .display import Display
-    from .report import EnrichReport
     from .spec import JobSpec
+    from .telling.display import Display
+    from .telling.report import EnrichReport
 
 # How long prompts in flight may still take after the first Ctrl-C: most answers arrive within it, and
 # `docker stop` waits ten seconds before it kills.

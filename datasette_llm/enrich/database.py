@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import anyio
 
-from datasette_llm.runtime.datasette_side import call
+from datasette_llm.backends.datasette_side import call
 
 from .errors import EnrichError, EnrichInputError
-from .table import nearest
+from .reading.table import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable

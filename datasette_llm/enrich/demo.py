@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 from datasette_llm.hookspecs import plugin_manager
 
 from .errors import EnrichInputError
+from .reading.table import quote
 from .spec import JobSpec
-from .table import quote
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -21,28 +21,28 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from datasette_llm._compat import BaseExceptionGroup
+from datasette_llm.backends.datasette_side import open_side
 from datasette_llm.errors import PromptCancelled
-from datasette_llm.runtime.datasette_side import open_side
 
 from .collector import spare_older_objects
 from .errors import EnrichError, RowError
 from .ledger import Ledger
-from .lock import only_job
-from .pages import count_rows, read_rows
 from .plan import make_plan
-from .report import EnrichReport
+from .reading.pages import count_rows, read_rows
 from .spacing import Spacing
-from .writer import Result, Writer
+from .telling.report import EnrichReport
+from .writing.lock import only_job
+from .writing.writer import Result, Writer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterator
     from contextlib import AbstractAsyncContextManager
 
     from .plan import Plan
-    from .report import EnrichProgress, StopReason
-    from .selection import Row
+    from .reading.selection import Row
     from .spec import JobSpec
-    from .writer import Outcome
+    from .telling.report import EnrichProgress, StopReason
+    from .writing.writer import Outcome
 
 logger = logging.getLogger(__name__)
 

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from .errors import RowError
-from .report import EnrichProgress, FailureKind
+from .telling.report import EnrichProgress, FailureKind
 
 if TYPE_CHECKING:
-    from .report import EnrichReport, StopReason
-    from .selection import Row, Selection
+    from .reading.selection import Row, Selection
+    from .reading.table import SQLValue
     from .spec import JobSpec
-    from .table import SQLValue
-    from .writer import Outcome
+    from .telling.report import EnrichReport, StopReason
+    from .writing.writer import Outcome
 
 # So many failures with no success between them, and a job ends that has no limit of its own: the provider
 # is down, or a plugin's budget is spent and refuses answers that have been paid for.

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from .database import find_database, read, recover, write
 from .errors import RowError
-from .outputs import Outputs
-from .pages import count_rows, first_rows
-from .schema import read_schema
-from .selection import FailedSelection, NamedSelection, Selection
-from .table import read_table
-from .template import PromptTemplate
+from .reading.pages import count_rows, first_rows
+from .reading.selection import FailedSelection, NamedSelection, Selection
+from .reading.table import read_table
+from .reading.template import PromptTemplate
+from .writing.outputs import Outputs
+from .writing.schema import read_schema
 
 if TYPE_CHECKING:
-    from .report import EnrichReport
-    from .selection import Row, Source
+    from .reading.selection import Row, Source
+    from .reading.table import Table
     from .spec import JobSpec
-    from .table import Table
+    from .telling.report import EnrichReport
 
 DRY_RUN_PROMPTS = 3
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from .errors import EnrichInputError
-from .table import nearest
+from .reading.table import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from pydantic import BaseModel
 
-    from .table import SQLValue
+    from .reading.table import SQLValue
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Other people's plugins doing their jobs on this runtime; each is skipped where it is not installed."""
+"""Other people's plugins doing their jobs on this package; each is skipped where it is not installed."""

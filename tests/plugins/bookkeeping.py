@@ -9,13 +9,7 @@ import pytest
 
 pytest.importorskip("datasette_llm_accountant", reason="datasette-llm-accountant is not installed")
 
-from datasette_llm_accountant import (
-    Accountant,
-    InsufficientBalanceError,
-    Nanocents,
-    PricingProvider,
-    Tx,
-)
+from datasette_llm_accountant import Accountant, InsufficientBalanceError, Nanocents, PricingProvider, Tx
 
 
 class Books(Accountant):  # type: ignore[misc]  # it ships no types

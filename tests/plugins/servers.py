@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import llm
 from datasette.app import Datasette
 
-from datasette_llm.runtime.datasette_side import call
+from datasette_llm.backends.datasette_side import call
 
 from ..fakes import FakeModel
 

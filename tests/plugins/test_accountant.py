@@ -13,7 +13,7 @@ import pytest
 from datasette.plugins import pm
 
 from datasette_llm import LLM, ModelNotFoundError, PromptCancelled
-from datasette_llm.runtime.group import Group
+from datasette_llm.tasks.group import Group
 
 from ..fakes import FakeModel, registered
 from ..hooks import datasette_with, hooked

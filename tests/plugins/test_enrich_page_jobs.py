@@ -10,7 +10,7 @@ import pytest
 from datasette.plugins import pm
 
 from datasette_llm.enrich import EnrichJob
-from datasette_llm.enrich.lock import only_job
+from datasette_llm.enrich.writing.lock import only_job
 
 from ..fakes import FakeModel, registered
 from ..hooks import hooked
@@ -18,7 +18,7 @@ from .enriching import LIMIT_SECONDS, Site, register
 
 pytest.importorskip("datasette_enrichments", reason="datasette-enrichments is not installed")
 
-from datasette_llm.enrich_page import enrichment, runs
+from datasette_llm.pages.enrichments import enrichment, runs
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable

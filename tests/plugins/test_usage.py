@@ -9,7 +9,7 @@ import pytest
 from datasette.plugins import pm
 
 from datasette_llm import LLM
-from datasette_llm.runtime.datasette_side import call
+from datasette_llm.backends.datasette_side import call
 
 from ..fakes import FakeModel, registered
 from .servers import ToolModel, look_up, query, started

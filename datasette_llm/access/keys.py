@@ -1,0 +1,158 @@
+"""Which API key a model is called with.
+
+In this order, the first that has a value:
+
+1. the secrets that the configuration names for this model: its purpose's, then the default model's
+2. a key that the model object itself carries
+3. the secret ``<PROVIDER>_API_KEY``
+4. the provider's key in llm's ``keys.json``
+5. the provider's environment variable, as llm reads it
+
+A secret is a ``DATASETTE_SECRETS_<NAME>`` environment variable or an encrypted row of the database
+that datasette-secrets uses. One that can't be read (no such database, another encryption key) is
+logged, by its name, and counts as absent.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+import llm
+from datasette.utils import StartupError
+
+from ..backends import datasette_side
+from . import llm_files
+from .catalog import get_snapshot
+from .settings import get_settings, plugin_config
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from datasette.app import Datasette
+
+logger = logging.getLogger("datasette_llm")
+
+
+def provider_secret(needs_key: str) -> str:
+    """Return the name of the secret for what llm calls a key: ``openai`` is ``OPENAI_API_KEY``."""
+    return re.sub(r"[^A-Z0-9]", "_", needs_key.upper()) + "_API_KEY"
+
+
+def secret_names(datasette: Datasette) -> dict[str, str]:
+    """Return the name of every secret that may hold a key, with a description for people."""
+    try:
+        references = [reference for _, reference in get_settings(datasette).references()]
+    except StartupError:
+        references = []  # Startup says so; other plugins' secrets keep working.
+    names: dict[str, list[str]] = {}
+    for reference in references:
+        if reference.key:
+            models = names.setdefault(reference.key, [])
+            models += [] if reference.model in models else [reference.model]
+    descriptions = {name: f"API key for {', '.join(models)}" for name, models in names.items()}
+    for needs_key in get_snapshot().key_names:
+        descriptions.setdefault(provider_secret(needs_key), f"API key for the {needs_key} models")
+    return descriptions
+
+
+class KeyRing:
+    """Finds keys for one call of the facade; asks for each secret only once.
+
+    Args:
+        datasette: whose secrets to use.
+        actor: noted by datasette-secrets as the last user of a secret.
+    """
+
+    __slots__ = ("_actor_id", "_datasette", "_found")
+
+    def __init__(self, datasette: Datasette, actor: dict[str, Any] | None) -> None:
+        self._datasette = datasette
+        self._actor_id = actor.get("id") if actor else None
+        self._found: dict[str, str | None] = {}
+
+    async def key_for(self, model: Any, configured: Iterable[str] = ()) -> str | None:
+        """Return the key to call ``model`` with, or ``None``.
+
+        Args:
+            model: an llm model object.
+            configured: names of the secrets that the configuration gives this model, best first.
+        """
+        for name in configured:
+            if value := await self._secret(name):
+                return value
+        own: str | None = getattr(model, "key", None)
+        if own is not None:
+            return own
+        needs_key: str | None = getattr(model, "needs_key", None)
+        if needs_key is None:
+            return None
+        return await self._secret(provider_secret(needs_key)) or _llm_key(model, needs_key)
+
+    async def can_call(self, model: Any, configured: Iterable[str] = ()) -> bool:
+        """Say whether ``model`` needs no key or has one."""
+        return getattr(model, "needs_key", None) is None or bool(await self.key_for(model, configured))
+
+    async def _secret(self, name: str) -> str | None:
+        # What get_secret() looks at first, for every name that is registered; this package
+        # registers all names it asks for.
+        if value := os.environ.get(f"DATASETTE_SECRETS_{name}"):
+            return value
+        if name not in self._found:
+            self._found[name] = await self._stored_secret(name)
+        return self._found[name]
+
+    async def _stored_secret(self, name: str) -> str | None:
+        if not _has_stored_secrets(self._datasette):
+            return None
+        from datasette_secrets import get_secret
+
+        try:
+            value: str | None = await datasette_side.call(
+                get_secret, self._datasette, name, actor_id=self._actor_id
+            )
+        except Exception as error:
+            # Only the type: a message could repeat what was to be decrypted.
+            logger.warning("The secret %s could not be read: %s", name, type(error).__name__)
+            return None
+        return value
+
+
+def _has_stored_secrets(datasette: Datasette) -> bool:
+    return bool((plugin_config(datasette, "datasette-secrets") or {}).get("encryption-key"))
+
+
+_stored_keys: tuple[Any, dict[str, str]] | None = None
+
+
+def _llm_key(model: Any, needs_key: str) -> str | None:
+    """Return what llm itself would use, without reading ``keys.json`` again while it is the same."""
+    global _stored_keys
+    if type(model).get_key is not llm.AsyncModel.get_key:
+        # A model plugin with its own idea of where keys come from.
+        try:
+            return model.get_key() or None
+        except llm.NeedsKeyException:
+            return None
+    files = llm_files.latest()
+    if _stored_keys is None or _stored_keys[0] != files.keys:
+        _stored_keys = (files.keys, _load_keys(files.keys_path))
+    if needs_key in _stored_keys[1]:
+        return _stored_keys[1][needs_key] or None
+    variable = getattr(model, "key_env_var", None)
+    return (os.environ.get(variable) or None) if variable else None
+
+
+def _load_keys(path: str) -> dict[str, str]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            stored = json.load(file)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        logger.warning("llm's keys.json could not be read: %s", type(error).__name__)
+        return {}
+    return stored if isinstance(stored, dict) else {}

@@ -1,0 +1,267 @@
+"""One answer from a model: a slot, the call, its chunks to the readers, and again if that may help.
+
+A slot is held only while the model call runs. Between two attempts nothing is held.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from .._compat import BaseExceptionGroup
+from ..backends import native_cancel
+from ..backends.datasette_side import backend
+from ..pace.throttle import Outcome
+from .retry import check_complete, classify, retrying
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+
+    import llm
+
+    from ..pace.policy import PromptSettings
+    from ..pace.throttle import Slots
+    from ..responses.response import PromptResponse
+    from ..tasks.task import SupervisedTask
+    from .retry import Attempt
+
+logger = logging.getLogger("datasette_llm")
+
+#: How long closing a model's generator may take, in seconds, when its answer is not wanted any more.
+CLOSE_SECONDS = 5.0
+
+_CANCELLED = Outcome("cancelled")
+_OK = Outcome("ok")
+
+
+class ModelCall:
+    """Get the answer for one response.
+
+    Args:
+        task: who runs this; it is told when the call begins.
+        response: where the chunks go. It observes the llm response of the first attempt already.
+        ask: makes llm's response object for another attempt.
+        slots: bound the calls in flight.
+        settings: retries and the timeout of an attempt.
+    """
+
+    __slots__ = ("_ask", "_response", "_settings", "_slots", "_started", "_task")
+
+    def __init__(
+        self,
+        task: SupervisedTask,
+        response: PromptResponse,
+        ask: Callable[[], llm.AsyncResponse],
+        slots: Slots,
+        settings: PromptSettings,
+    ) -> None:
+        self._task = task
+        self._response = response
+        self._ask = ask
+        self._slots = slots
+        self._settings = settings
+        self._started: float | None = None
+
+    async def run(self) -> None:
+        """Call the model until there is an answer, or no point in calling it again.
+
+        Raises:
+            Exception: the model's or the provider's own, of the last attempt.
+        """
+        try:
+            await self._attempt()
+        except Exception as error:
+            if not self._may_retry(error):
+                raise
+            first: Exception | None = error
+        else:
+            return
+        # Most prompts need no second attempt, so the retry loop is told of the first one afterwards.
+        retries = self._settings.retries
+        async for attempt in retrying(retries, on_retry=self._count_retry, started=self._started):
+            with attempt:
+                if first is not None:
+                    failure, first = first, None
+                    raise failure
+                await self._attempt(attempt)
+                return
+            if attempt.error is not None and not self._may_retry(attempt.error):
+                raise attempt.error
+
+    def _may_retry(self, error: Exception) -> bool:
+        # A reader that has seen part of an answer must not see the beginning of another one.
+        again = (
+            not self._response._was_streamed
+            and self._settings.retries.attempts > 1
+            and classify(error).kind in ("throttled", "transient")
+        )
+        if again:
+            # Nor may one that comes while we wait see what is given up now.
+            self._response._events = []
+        return again
+
+    def _count_retry(self) -> None:
+        self._task.supervisor.counters.retries += 1
+
+    async def _attempt(self, again: Attempt | None = None) -> None:
+        response, slots = self._response, self._slots
+        if response.attempts:
+            response._restart(self._ask())
+        tokens = _estimated_tokens(response._observed) if slots.paced else 0
+        if slots.acquire_nowait(tokens):
+            started = slots.acquired_at
+        else:
+            if again is None:
+                await slots.acquire(tokens)
+            else:
+                with again.waiting():
+                    await slots.acquire(tokens, first=True)
+            started = slots.now()
+        outcome = _CANCELLED
+        if self._started is None:
+            self._started = started
+        try:
+            self._begin()
+            if self._task.supervisor.refusal is not None:
+                self._check_refusal()
+            response.attempts += 1
+            if self._settings.timeout is None:
+                await self._drive()
+            else:
+                await self._drive_in_time(self._settings.timeout)
+            outcome = self._answered() if slots.paced else _OK
+        except Exception as error:
+            failure = classify(error)
+            if failure.kind == "authentication" and failure.status != 403:
+                # 403 may be about this one request: a model, a region, a content.
+                self._key_refused(error)
+            kind = failure.kind if failure.kind in ("throttled", "transient") else "failed"
+            outcome = Outcome(kind, retry_after=failure.retry_after)
+            raise
+        finally:
+            slots.release(outcome, started)
+
+    def _check_refusal(self) -> None:
+        refusal = self._task.supervisor.refusal
+        if refusal is not None and self._uses_chosen_key():
+            # Without its traceback, which would grow with every prompt.
+            raise refusal.with_traceback(None)
+
+    def _key_refused(self, error: Exception) -> None:
+        if self._uses_chosen_key():
+            self._task.supervisor.key_refused(error)
+
+    def _uses_chosen_key(self) -> bool:
+        return self._response._observed._key == self._task.choice.key
+
+    def _answered(self) -> Outcome:
+        return Outcome("ok", tokens=_used_tokens(self._response._observed))
+
+    def _begin(self) -> None:
+        task = self._task
+        if task.result is not None:
+            task.result._attempt(self._response._observed)
+        task.begin_running()
+
+    async def _drive_in_time(self, seconds: float) -> None:
+        with anyio.move_on_after(seconds) as scope:
+            await self._drive()
+        if scope.cancelled_caught:
+            raise TimeoutError(f"the model did not answer within {seconds:g} seconds")
+
+    async def _drive(self) -> None:
+        """Let the model answer, chunk by chunk; afterwards its generator is closed, whatever happened."""
+        observed = self._response._observed
+        events: AsyncGenerator[Any, None] | None = None
+        try:
+            if observed.stream:
+                events = observed.astream_events()
+                publish = self._response._publish
+                async for event in events:
+                    if not isinstance(event.chunk, str):
+                        raise _wrong_chunk(observed, event.chunk)
+                    publish(event)
+            else:
+                # Half the layers, for an answer that comes in one piece.
+                await observed
+                _check_text(observed)
+            check_complete(observed)
+            self._response._publish_all()
+        except BaseException as error:
+            await _close(events)
+            await _close(getattr(observed, "_generator", None))  # llm before 0.36 leaves it to us
+            _give_up(observed)
+            if isinstance(error, AssertionError) and not error.args:
+                # llm asserts that a chunk is not None, and says no more than that.
+                raise _wrong_chunk(observed, None) from error
+            if not _is_ours(error):
+                raise RuntimeError(f"the model raised {type(error).__name__}: {error}") from error
+            raise
+
+
+async def _close(generator: AsyncGenerator[Any, None] | None) -> None:
+    """Close a model's generator, however it takes that."""
+    if generator is None:
+        return
+    with anyio.move_on_after(CLOSE_SECONDS, shield=True) as scope:
+        try:
+            await generator.aclose()
+        except Exception:
+            logger.exception("Closing the generator of a model failed")
+    if scope.cancelled_caught:
+        logger.warning("Abandoned the generator of a model: closing it took more than %g s", CLOSE_SECONDS)
+
+
+def _give_up(observed: llm.AsyncResponse) -> None:
+    """Make of llm's response one that has failed: it calls no model again and is no turn of anything."""
+    observed._done = True
+    observed._end = time.monotonic()
+    conversation = observed.conversation
+    if conversation is not None and observed in conversation.responses:
+        conversation.responses.remove(observed)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether an exception from a model goes on as it is: errors, and what stops prompt or program."""
+    if isinstance(error, BaseExceptionGroup):
+        if backend() == "trio":
+            # Tasks that a library ran side by side, to connect say, are cancelled together: the scope
+            # that was cancelled takes the cancellations out of the group.
+            _, rest = error.split(anyio.get_cancelled_exc_class())
+            if rest is None:
+                return True
+            error = rest
+        return isinstance(error, Exception) or error.subgroup(_PROGRAM_STOPS) is not None
+    if isinstance(error, anyio.get_cancelled_exc_class()):
+        return not native_cancel.is_stray(error)
+    return isinstance(error, (Exception, *_PROGRAM_STOPS))
+
+
+def _check_text(observed: llm.AsyncResponse) -> None:
+    for event in observed._stream_events:
+        if not isinstance(event.chunk, str):
+            raise _wrong_chunk(observed, event.chunk)
+
+
+_PROGRAM_STOPS = (KeyboardInterrupt, SystemExit)
+
+
+def _wrong_chunk(observed: llm.AsyncResponse, chunk: Any) -> TypeError:
+    return TypeError(
+        f"model {observed.model.model_id} yielded {type(chunk).__name__}; a model yields text or StreamEvent"
+    )
+
+
+def _estimated_tokens(observed: llm.AsyncResponse) -> int:
+    # Four characters a token is what providers give as a rule of thumb for English.
+    prompt = observed.prompt
+    return (len(prompt.prompt or "") + len(prompt.system or "")) // 4 + 1
+
+
+def _used_tokens(observed: llm.AsyncResponse) -> int | None:
+    if observed.input_tokens is None and observed.output_tokens is None:
+        return None
+    return (observed.input_tokens or 0) + (observed.output_tokens or 0)

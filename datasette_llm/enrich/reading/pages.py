@@ -1,0 +1,49 @@
+"""Reading the rows of a job from Datasette's database, a page or a stretch at a time."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ..database import read
+from .selection import FIRST_PAGE_ROWS, PAGE_ROWS
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from .selection import Row, Source
+    from .table import SQLValue
+
+
+async def read_rows(database: Any, source: Source) -> AsyncGenerator[Row, None]:
+    """Yield the rows in the order of their keys. Nothing is held open between two of them."""
+    after: tuple[SQLValue, ...] | None = None
+    size = FIRST_PAGE_ROWS
+    while True:
+        rows, after = await read(database, partial(source.page, after=after, size=size))
+        for row in rows:
+            yield row
+        if after is None:
+            return
+        size = min(size * 3, PAGE_ROWS)
+
+
+async def first_rows(database: Any, source: Source, size: int) -> list[Row]:
+    """Return the first few rows."""
+    rows, after = await read(database, partial(source.page, after=None, size=size))
+    while len(rows) < size and after is not None:
+        # A page may hold fewer rows than there are: those it looked at need not be to do any more.
+        more, after = await read(database, partial(source.page, after=after, size=FIRST_PAGE_ROWS))
+        rows += more
+    return rows[:size]
+
+
+async def count_rows(database: Any, source: Source) -> int:
+    """Count the rows that are to do, in steps that are over soon."""
+    total = 0
+    after: tuple[SQLValue, ...] | None = None
+    while True:
+        found, after = await read(database, partial(source.count, after=after))
+        total += found
+        if after is None:
+            return total

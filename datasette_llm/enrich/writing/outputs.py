@@ -1,0 +1,166 @@
+"""From an answer's text to the values of the columns that it belongs in."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import EnrichInputError, RowError
+from ..reading.table import check_output_column, quote
+from .schema import AnswerCheck
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Mapping
+
+    from ..reading.table import Affinity, Column, SQLValue, Table
+
+_SQL_TYPES = {"integer": "INTEGER", "boolean": "INTEGER", "number": "REAL"}
+_LARGEST = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One column that receives a part of the answer.
+
+    Attributes:
+        name: its name, as the table spells it if it exists.
+        sql_type: the type it is added with, if it does not exist.
+        affinity: what it prefers to hold.
+        exists: it is in the table now.
+    """
+
+    name: str
+    sql_type: str
+    affinity: Affinity
+    exists: bool
+
+
+class Outputs:
+    """The output columns of one job, and how an answer becomes their values.
+
+    Without a schema the answer's text is the value of one column; if that column exists and is an
+    INTEGER or REAL one, the text has to be such a number. With a schema each property is a column of
+    its own, typed; a column given as well receives the whole answer as JSON.
+
+    Attributes:
+        columns: the columns, in the order of the values that `parse` returns.
+        label: what the job's column is called where one name is needed.
+    """
+
+    def __init__(self, table: Table, column: str | None, schema: Mapping[str, Any] | None) -> None:
+        """Check the columns against the table.
+
+        Raises:
+            EnrichInputError: no column is given, or an existing one cannot hold such answers.
+        """
+        self._check = AnswerCheck(schema) if schema is not None else None
+        self._properties: dict[str, Any] = dict(schema["properties"]) if schema is not None else {}
+        if column is None and schema is None:
+            raise EnrichInputError("Say which column the answers go to (it is added if it does not exist)")
+        names = [name for name in (column, *self._properties) if name is not None]
+        doubled = {name for name in names if [other.lower() for other in names].count(name.lower()) > 1}
+        if doubled:
+            raise EnrichInputError(f"Two outputs would share the column {sorted(doubled)[0]!r}")
+        self._column = column
+        outputs = []
+        for name in names:
+            kind = None if name == column else _kind(self._properties[name])
+            outputs.append(_output(table, name, kind, whole=schema is None))
+        self.columns: tuple[Output, ...] = tuple(outputs)
+        self.label = ", ".join(output.name for output in self.columns) if column is None else outputs[0].name
+
+    @property
+    def existing(self) -> tuple[str, ...]:
+        return tuple(output.name for output in self.columns if output.exists)
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """The existing columns that say whether a row is done: the column given, else all of them."""
+        return (
+            self.existing if self._column is None else tuple(c for c in self.existing[:1] if c == self.label)
+        )
+
+    def add_columns(self, conn: sqlite3.Connection, table: Table) -> None:
+        """Add the columns that the table lacks."""
+        for output in self.columns:
+            if not output.exists:
+                sql = f"alter table {table.sql_name} add column {quote(output.name)} {output.sql_type}"
+                conn.execute(sql)
+
+    def parse(self, text: str) -> tuple[SQLValue, ...]:
+        """Return the values for the columns.
+
+        Raises:
+            RowError: the answer does not fit them.
+        """
+        if self._check is None:
+            return (_number(text, self.columns[0]),)
+        answer = self._check.parse(text)
+        values = [_stored(answer.get(name)) for name in self._properties]
+        if self._column is not None:
+            return (json.dumps(answer, ensure_ascii=False), *values)
+        if all(value is None for value in values):
+            raise RowError("the answer has no value for any column")
+        return tuple(values)
+
+
+def _kind(part: Any) -> str | None:
+    """Return the one JSON type of a property, if it has one; null does not count."""
+    kinds = part.get("type") if isinstance(part, dict) else None
+    if isinstance(kinds, list):
+        kinds = [kind for kind in kinds if kind != "null"]
+        kinds = kinds[0] if len(kinds) == 1 else None
+    return kinds if isinstance(kinds, str) else None
+
+
+def _output(table: Table, name: str, kind: str | None, *, whole: bool) -> Output:
+    column = check_output_column(table, name)
+    if column is None:
+        sql_type = _SQL_TYPES.get(kind or "", "TEXT")
+        return Output(name, sql_type, "TEXT" if sql_type == "TEXT" else "NUMERIC", exists=False)
+    if not whole and not _fits(column, kind):
+        raise EnrichInputError(
+            f"The column {column.name!r} is {column.type} and the schema's {name!r} is "
+            f"{kind or 'of no single type'}: name the property differently, or change its type"
+        )
+    return Output(column.name, column.type, column.affinity, exists=True)
+
+
+def _fits(column: Column, kind: str | None) -> bool:
+    if column.affinity in ("INTEGER", "REAL"):
+        return kind in ("integer", "number", "boolean")
+    return True
+
+
+def _number(text: str, output: Output) -> SQLValue:
+    """Return the text, or the number it is if that is what the existing column holds."""
+    if not output.exists or output.affinity not in ("INTEGER", "REAL"):
+        return text
+    try:
+        if output.affinity == "INTEGER":
+            value: float = int(text.strip().replace("_", "x"))
+        else:
+            value = float(text.strip().replace("_", "x"))
+    except ValueError:
+        kind = "an integer" if output.affinity == "INTEGER" else "a number"
+        shown = text.strip()[:80]
+        raise RowError(
+            f"the answer {shown!r} is not {kind}, which the existing column {output.name!r} holds"
+        ) from None
+    return _stored(value)
+
+
+def _stored(value: Any) -> SQLValue:
+    """Return a JSON value as SQLite keeps it."""
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, int) and not -_LARGEST - 1 <= value <= _LARGEST:
+        raise RowError(f"the answer has an integer that SQLite cannot hold: {str(value)[:30]}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RowError("the answer has a number that is not finite")
+    if value is None or isinstance(value, (int, float, str)):
+        return value
+    return json.dumps(value, ensure_ascii=False)

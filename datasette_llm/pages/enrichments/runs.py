@@ -1,0 +1,101 @@
+"""Which run of a job is the one that counts, and what it has done of its batch.
+
+datasette-enrichments runs a job as a loop over batches, and looks at the job's status between them. A
+person who pauses and resumes within one batch so gets a second loop beside the first. Here a job has one
+*newest* run; an older one stops where it is, and only one works at a time.
+
+When the server stops, no run is the newest: batches under way end, with what was answered written. Their
+jobs keep their status, so datasette-enrichments starts them again with the server.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import anyio
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ...enrich.job import EnrichJob
+    from ...enrich.reading.table import SQLValue
+
+#: How long prompts in flight may take to complete when the server stops.
+END_GRACE_SECONDS = 5.0
+#: How long their answers may then take to be written.
+WRITE_SECONDS = 2.0
+
+
+@dataclass(eq=False)
+class Job:
+    """What this process knows of one job.
+
+    Attributes:
+        newest: the run that was started last.
+        working: held while a batch is under way.
+        active: the batch under way.
+        insisted: the job was paused since prompts only failed, and somebody has resumed it, or will have.
+        written: keys of rows written in a batch that was broken off, which is run again on resuming.
+    """
+
+    newest: Run | None = None
+    working: anyio.Lock = field(default_factory=anyio.Lock)
+    active: EnrichJob | None = None
+    insisted: bool = False
+    written: set[tuple[SQLValue, ...]] = field(default_factory=set)
+
+
+@dataclass(eq=False, frozen=True)
+class Run:
+    """One loop over the batches of a job."""
+
+    job: Job
+
+    @property
+    def is_newest(self) -> bool:
+        return self.job.newest is self
+
+
+_jobs: WeakKeyDictionary[Any, dict[tuple[str, int], Job]] = WeakKeyDictionary()
+_run: ContextVar[Run | None] = ContextVar("datasette_llm_enrich_run", default=None)
+
+
+@contextmanager
+def new_run(datasette: Any, database: str, job_id: int) -> Iterator[None]:
+    """Make a new run of this job the newest; tasks started inside of the block belong to it."""
+    job = _jobs.setdefault(datasette, {}).setdefault((database, job_id), Job())
+    job.newest = Run(job)
+    token = _run.set(job.newest)
+    try:
+        yield
+    finally:
+        _run.reset(token)
+
+
+def current_run() -> Run:
+    """Return the run that this task belongs to."""
+    return _run.get() or _lone_run()
+
+
+async def end_runs(datasette: Any) -> None:
+    """End what runs for this Datasette; returns when all that was answered is written."""
+    jobs = list(_jobs.get(datasette, {}).values())
+    for job in jobs:
+        job.newest = None
+        if job.active is not None:
+            job.active.stop(grace_seconds=END_GRACE_SECONDS)
+    with anyio.move_on_after(END_GRACE_SECONDS + WRITE_SECONDS):
+        for job in jobs:
+            async with job.working:
+                pass
+
+
+def _lone_run() -> Run:
+    # A batch run by somebody who started no job.
+    job = Job()
+    job.newest = Run(job)
+    return job.newest

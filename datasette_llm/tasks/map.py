@@ -1,0 +1,426 @@
+"""``map()``: a stream of prompts from an iterable, in a fixed set of workers.
+
+Workers live in the group's task group and run their prompts in place, one after the other: no task per
+item. An item is pulled only while fewer items are pulled and not yet taken by the loop than prompts may be
+in flight: memory does not grow with the iterable, and a slow loop slows the prompts down (backpressure).
+Workers are started as there are items for them; those without one are idle.
+
+Two objects: ``PromptMap`` is the iterator the loop holds; dropping it (``break``) stops the map. ``MapRun``
+is what the workers hold, and it does not know the iterator.
+
+A sync iterable is pulled by whichever worker is free. An async one is pulled by one task of its own, the
+feeder: cancel scopes that a generator opens may not wander between tasks, nor may a scope of ours be left
+while one of the generator's is open. So the feeder opens a single scope around all of it.
+
+A map ends in one of three ways:
+
+* exhausted: the source has ended (or it, or ``to_prompt``, raised) and the loop has taken every pair;
+* left: the loop's end. What is in flight is cancelled, what is finished is dropped;
+* stopped by the group (cancelled, or its block left): what is in flight is cancelled, the loop still gets
+  the pairs that have an outcome of their own, then ``PromptCancelled``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
+from inspect import iscoroutine
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import anyio
+import llm
+from anyio import CancelScope
+
+from ..backends.loops import LoopDoor
+from ..errors import PromptCancelled
+from ..responses.response import PromptResponse
+from .hook_scope import hooks_wrap_prompts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .group import Group
+    from .prompt_task import PromptTask
+
+T = TypeVar("T")
+
+logger = logging.getLogger("datasette_llm")
+
+#: How long closing an async source may take, in seconds.
+CLOSE_SECONDS = 5.0
+
+
+class PromptMap(Generic[T]):
+    """The async iterator that ``map()`` returns: ``(item, response)`` pairs as prompts finish.
+
+    Leaving the loop early stops the pulling and cancels the prompts in flight.
+    """
+
+    def __init__(self, run: MapRun[T]) -> None:
+        self._run = run
+        self._door = LoopDoor()
+
+    def __aiter__(self) -> PromptMap[T]:
+        return self
+
+    async def __anext__(self) -> tuple[T, PromptResponse]:
+        return await self._run.next_pair()
+
+    async def aclose(self) -> None:
+        """Stop pulling and cancel what is in flight, as ``contextlib.aclosing`` calls it."""
+        self._run.leave()
+
+    def __del__(self) -> None:
+        # Where the loop was left with break, this is the first to know.
+        if not self._run.ended:
+            self._door.call_soon(self._run.leave)
+
+
+class MapRun(Generic[T]):
+    """What the workers of one ``map()`` share.
+
+    Args:
+        group: the supervisor of the prompts.
+        items: a sync or async iterable, pulled lazily.
+        to_prompt: what to prompt for an item: a string, or a mapping of ``prompt()`` keywords.
+        make_task: makes the prompt's task from ``prompt()`` keywords.
+
+    Attributes:
+        exhausted: whether nothing more is pulled.
+        ended: whether nothing more is given to the loop.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        items: Iterable[T] | AsyncIterable[T],
+        to_prompt: Callable[[T], str | Mapping[str, Any]],
+        make_task: Callable[[Mapping[str, Any]], PromptTask],
+    ) -> None:
+        self.ended = False
+        self._group = group
+        self._slots = group.slots
+        self._to_prompt = to_prompt
+        self._make_task = make_task
+        self._begun = False
+        self._stopped = False
+        self.exhausted = False
+        self._error: Exception | None = None
+        # Pulled, and not yet taken by the loop.
+        self._outstanding = 0
+        self._results: deque[tuple[T, PromptResponse]] = deque()
+        self._news: anyio.Event | None = None
+        self._idle: deque[anyio.Event] = deque()
+        # Workers that have been woken and have not looked for an item yet.
+        self._waking = 0
+        # How to cancel each prompt in flight.
+        self._in_flight: dict[PromptTask, Callable[[], None]] = {}
+        source = _source_of(items)
+        self._feeder = _Feeder(self, source) if isinstance(source, AsyncIterator) else None
+        self._iterator: Iterator[T] = source if isinstance(source, Iterator) else iter(())
+
+    # The loop's side
+
+    async def next_pair(self) -> tuple[T, PromptResponse]:
+        """The next finished prompt.
+
+        Cancelling this call loses nothing: the pair is the next call's.
+
+        Raises:
+            StopAsyncIteration: every prompt has been given, or the loop has been left.
+            PromptCancelled: the group has been cancelled, or its block left.
+            Exception: what the iterable or ``to_prompt`` raised, after the prompts pulled before.
+        """
+        if not self._begun:
+            self._begin()
+        while not self._results:
+            if self.ended:
+                raise StopAsyncIteration
+            if self._stopped and not self._in_flight:
+                self._end()
+                raise PromptCancelled(
+                    "the group has been cancelled"
+                    if self._group._cancelled
+                    else "the group's block was left before the map had ended"
+                )
+            if self.exhausted and not self._outstanding:
+                self._end()
+                if self._error is not None:
+                    raise self._error
+                raise StopAsyncIteration
+            if self._news is None:
+                self._news = anyio.Event()
+            await self._news.wait()
+        pair = self._results.popleft()
+        self._outstanding -= 1
+        self.stir()
+        return pair
+
+    def leave(self) -> None:
+        """The loop has been left: nobody wants what is still to come. Returns at once; idempotent."""
+        self.stop()
+        self._results.clear()
+        self._end()
+
+    def stop(self) -> None:
+        """Stop pulling and cancel what is in flight. Returns at once; idempotent."""
+        self._begun = self._stopped = True
+        self._group._maps.pop(self, None)
+        for cancel in list(self._in_flight.values()):
+            cancel()
+        self.end_source()
+
+    def _end(self) -> None:
+        self.ended = True
+        self._group._maps.pop(self, None)
+        self._tell_loop()
+
+    def _tell_loop(self) -> None:
+        if self._news is not None:
+            self._news.set()
+            self._news = None
+
+    # The source's side
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another item may be pulled."""
+        return self._outstanding < self._slots.wanted and not self.exhausted
+
+    def stir(self) -> None:
+        """Have another item pulled, if there is room for one."""
+        if self._feeder is not None:
+            if self.has_room:
+                self._feeder.wake()
+        elif not self._waking and self.has_room:
+            # The one that is woken wakes the next, if there is room for it then.
+            self.wake_worker()
+
+    def pulled(self) -> None:
+        """An item has been pulled."""
+        self._outstanding += 1
+
+    def end_source(self, error: Exception | None = None) -> None:
+        """Nothing more is pulled; ``error`` is why, if it did not end by itself."""
+        self.exhausted = True
+        if self._error is None and not self._stopped:
+            self._error = error
+        if self._feeder is not None:
+            self._feeder.stop()
+        while self._idle:
+            self.wake_worker()
+        self._tell_loop()
+
+    # The workers' side
+
+    def _begin(self) -> None:
+        self._begun = True
+        try:
+            self._group.check_open()
+        except BaseException:
+            self._end()
+            raise
+        self._group._maps[self] = None
+        if self._feeder is not None:
+            self._spawn(self._feeder.run)
+        else:
+            self.wake_worker()
+
+    def _spawn(self, function: Callable[[], Any]) -> None:
+        tasks = self._group._tasks
+        assert tasks is not None
+        tasks.start_soon(function)
+
+    def wake_worker(self) -> None:
+        """Have a worker look for an item."""
+        self._waking += 1
+        if self._idle:
+            # One at a time, each wakes the next: all at once would cost the square of it.
+            self._idle.popleft().set()
+        else:
+            self._spawn(self._work)
+
+    async def _work(self) -> None:
+        with CancelScope() as scope:
+            self._waking -= 1
+            while not self._stopped:
+                item = self._take()
+                if item is not None:
+                    self.stir()
+                    await self._prompt(item[0], scope)
+                elif self.exhausted:
+                    break
+                else:
+                    idle = anyio.Event()
+                    self._idle.append(idle)
+                    await idle.wait()
+                    self._waking -= 1
+
+    def _take(self) -> tuple[T] | None:
+        """Take an item to prompt for, if there is one and room for it."""
+        if self._feeder is not None:
+            return self._feeder.take()
+        if not self.has_room:
+            return None
+        try:
+            item = next(self._iterator)
+        except StopIteration:
+            self.end_source()
+            return None
+        except Exception as error:
+            self.end_source(error)
+            return None
+        self.pulled()
+        return (item,)
+
+    async def _prompt(self, item: T, scope: CancelScope) -> None:
+        try:
+            keywords = _keywords(self._to_prompt(item))
+        except Exception as error:
+            self._drop(error)
+            return
+        try:
+            task = self._make_task(keywords)
+        except TypeError as error:
+            # Not this row's fault: prompt() has no such argument.
+            self._drop(error)
+            return
+        except Exception as error:
+            self._give(item, self._refused(error))
+            return
+        # The limit may have grown to let it begin.
+        task.on_begin = self.stir
+        wrapped = hooks_wrap_prompts()
+        self._in_flight[task] = task.cancel if wrapped else scope.cancel
+        try:
+            if wrapped:
+                # In a task of its own: shielded, and context variables a wrapper sets end with the prompt.
+                self._group.start(task)
+                await task.response.wait()
+            else:
+                await task.run_unwrapped()
+        finally:
+            del self._in_flight[task]
+            self._give(item, task.response)
+
+    def _refused(self, error: Exception) -> PromptResponse:
+        """The response of a prompt that llm did not take: an option out of range, a wrong attachment."""
+        model = self._group.choice.model
+        observed = llm.AsyncResponse(llm.Prompt(None, model), model, stream=False)
+        response = PromptResponse(observed, on_cancel=lambda: None)
+        response._finish(error)
+        self._group._responses._count()
+        self._group.counters.failed += 1
+        self._group.prompt_failed(error)
+        self._group.watch_failure(response)
+        return response
+
+    def _give(self, item: T, response: PromptResponse) -> None:
+        error = response._error
+        # Of a prompt that was interrupted there is nothing to say.
+        interrupted = self._stopped and isinstance(error, PromptCancelled)
+        if self.ended or interrupted or not response._finished:
+            self._outstanding -= 1
+        else:
+            self._results.append((item, response))
+        self._tell_loop()
+
+    def _drop(self, error: Exception) -> None:
+        """No prompt can be made of an item: the map ends, when those in flight have been given."""
+        self._outstanding -= 1
+        self.end_source(error)
+
+
+class _Feeder(Generic[T]):
+    """Pulls an async source for the workers, and closes it in the end."""
+
+    def __init__(self, run: MapRun[T], source: AsyncIterator[T]) -> None:
+        self._map = run
+        self._source = source
+        self._ready: deque[T] = deque()
+        self._wanted: anyio.Event | None = None
+        self._scope = CancelScope(shield=True)
+        self._pulling = False
+
+    def wake(self) -> None:
+        """There is room for another item."""
+        if self._wanted is not None:
+            self._wanted.set()
+
+    def take(self) -> tuple[T] | None:
+        """Take an item that has been pulled, if there is one."""
+        return (self._ready.popleft(),) if self._ready else None
+
+    def stop(self) -> None:
+        """Pull no more. A generator that is running is cancelled, one that waits is closed."""
+        self.wake()
+        if self._pulling:
+            self._scope.cancel()
+
+    async def run(self) -> None:
+        """Pull until the source ends or nobody wants more."""
+        # Shielded, so that a source that is closed can clean up: stop() is what ends the pulling.
+        with self._scope as scope:
+            try:
+                await self._pull()
+            except Exception as error:
+                self._map.end_source(error)
+            finally:
+                self._map.end_source()
+                if not scope.cancel_called:
+                    # In this very scope, since the generator may have scopes of its own open in it.
+                    scope.deadline = anyio.current_time() + CLOSE_SECONDS
+                    await self._close()
+        if scope.cancel_called:
+            with anyio.move_on_after(CLOSE_SECONDS, shield=True):
+                await self._close()
+
+    async def _pull(self) -> None:
+        while True:
+            while not self._map.has_room:
+                if self._map.exhausted:
+                    return
+                self._wanted = anyio.Event()
+                await self._wanted.wait()
+            self._pulling = True
+            try:
+                item = await anext(self._source)
+            except StopAsyncIteration:
+                return
+            finally:
+                self._pulling = False
+            if self._map.exhausted:
+                return
+            self._map.pulled()
+            self._ready.append(item)
+            self._map.wake_worker()
+
+    async def _close(self) -> None:
+        close = getattr(self._source, "aclose", None)
+        if close is None:
+            return
+        try:
+            await close()
+        except Exception:
+            logger.exception("Closing the source of a map failed")
+
+
+def _source_of(items: Iterable[T] | AsyncIterable[T]) -> Iterator[T] | AsyncIterator[T]:
+    if isinstance(items, AsyncIterable):
+        return aiter(items)
+    if isinstance(items, Iterable):
+        return iter(items)
+    raise TypeError(f"map() takes an iterable or an async iterable, not {type(items).__name__}")
+
+
+def _keywords(prompt: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    if isinstance(prompt, Mapping):
+        return prompt
+    if iscoroutine(prompt):
+        prompt.close()
+    raise TypeError(
+        f"to_prompt must return a string or a dict of prompt() keywords, not {type(prompt).__name__}"
+    )

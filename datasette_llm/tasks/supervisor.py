@@ -1,0 +1,130 @@
+"""What every owner of prompts does: start them as tasks, count them, cancel them, wait for them."""
+
+from __future__ import annotations
+
+from contextvars import copy_context
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import anyio
+
+from ..backends.datasette_side import backend
+from ..backends.loops import LoopDoor
+from ..calls.tracing import is_traced
+
+if TYPE_CHECKING:
+    from anyio.abc import TaskGroup
+
+    from ..responses.response import PromptResponse
+    from .task import SupervisedTask
+
+#: How long the wrappers of a cancelled prompt may take to settle, in seconds.
+GRACE_SECONDS = 5.0
+
+
+@dataclass
+class Counters:
+    """What happened to the prompts of one owner so far."""
+
+    waiting: int = 0
+    running: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    retries: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+    def count_tokens(self, sent: int, received: int) -> None:
+        """Add what a prompt has used."""
+        self.input_tokens += sent
+        self.output_tokens += received
+
+
+class Supervisor:
+    """Owns tasks: each runs in its task group, and none outlives it.
+
+    Attributes:
+        counters: what happened to its prompts.
+        grace_seconds: how long a cancelled prompt's wrappers may take to settle.
+        refusal: the provider's error, once it has refused the key of all these prompts: it is then
+            everybody's error, and no more calls are made.
+    """
+
+    def __init__(self, *, grace_seconds: float = GRACE_SECONDS) -> None:
+        self.counters = Counters()
+        self.grace_seconds = grace_seconds
+        self.refusal: Exception | None = None
+        self._tasks: TaskGroup | None = None
+        self._backend = backend()
+        self._door = LoopDoor()
+        self._live: dict[SupervisedTask, None] = {}
+        self._cancelled = False
+        self._winding_down = False
+        self._idle: anyio.Event | None = None
+
+    @property
+    def traced(self) -> bool:
+        """Whether its prompts run in spans."""
+        return is_traced()
+
+    def start(self, task: SupervisedTask) -> None:
+        """Run a task as a child of this supervisor, in the caller's context. Returns at once."""
+        self.adopt(task)
+        if backend() == self._backend:
+            self._spawn(task)
+        else:
+            # A plugin on the hosted asyncio loop prompts a group of trio's side.
+            self._door.call_soon(partial(copy_context().run, self._spawn, task))
+
+    def _spawn(self, task: SupervisedTask) -> None:
+        assert self._tasks is not None
+        try:
+            self._tasks.start_soon(task.run)
+        except RuntimeError:
+            # It has ended meanwhile.
+            task.never_ran()
+
+    def key_refused(self, error: Exception) -> None:
+        """Called when the provider refused a key. Prompts of different keys may have this owner."""
+
+    def adopt(self, task: SupervisedTask) -> None:
+        """Count a task as live that its caller is about to run inside this supervisor's tasks."""
+        self._live[task] = None
+        if self._winding_down:
+            task.wind_down()
+        if self._cancelled:
+            task.cancel()
+
+    def forget(self, task: SupervisedTask) -> None:
+        """Called by a task when it has ended."""
+        self._live.pop(task, None)
+        if not self._live and self._idle is not None:
+            self._idle.set()
+            self._idle = None
+
+    def prompt_failed(self, error: Exception) -> None:
+        """Called when a task has failed of itself (not by cancellation), before it ends."""
+
+    def watch_failure(self, response: PromptResponse) -> None:
+        """Called with the response of a prompt that has failed of itself, when it has ended."""
+
+    def cancel(self) -> None:
+        """Cancel every live task, and each one that still comes. Returns at once."""
+        self._cancelled = True
+        for task in list(self._live):
+            task.cancel()
+
+    def wind_down(self) -> None:
+        """Have no task wait for its readers any more. Returns at once."""
+        self._winding_down = True
+        for task in list(self._live):
+            task.wind_down()
+
+    async def idle(self) -> None:
+        """Wait until no task is live."""
+        while self._live:
+            if self._idle is None:
+                self._idle = anyio.Event()
+            await self._idle.wait()

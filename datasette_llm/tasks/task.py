@@ -1,0 +1,443 @@
+"""A supervised task: what a prompt and a chain of prompts have in common, from admission to its end.
+
+The states, in order:
+
+1. waiting for its turn: in its conversation, and while the first prompt of its group is let in alone;
+2. entering: the plugins' wrappers, one after the other;
+3. working: slots, model calls, tools (the subclass says what);
+4. settling: callbacks, then the wrappers are left in reverse order;
+5. ended: succeeded, failed or cancelled. Only now do readers of the whole answer go on.
+
+Who may interrupt what: all of it is shielded, and only 1 and 3 sit in an innermost scope, which
+``cancel()`` cancels. So plugin code is never interrupted in the middle of its bookkeeping: a cancelled
+prompt's wrappers see ``PromptCancelled``, an ordinary exception, at their ``yield``.
+
+Plugin code that hangs is abandoned, but only in a cancelled task. Each wrapper, and the callbacks, sit in
+a scope of their own, nested like the wrappers, and it gets its deadline when it is its turn to settle: so
+neither a model that is slow to stop nor a wrapper that hangs takes the time of the wrappers outside of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import anyio
+import llm
+from anyio import CancelScope, get_cancelled_exc_class
+from anyio.lowlevel import cancel_shielded_checkpoint
+
+from .._compat import BaseExceptionGroup
+from ..backends import native_cancel
+from ..calls.tracing import describe_end, no_span, prompt_span
+from ..errors import PromptCancelled
+from .hook_scope import PromptResult, entered, find_wrappers, hooks_wrap_prompts
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+    from contextlib import AbstractContextManager
+
+    from opentelemetry.trace import Span
+
+    from ..calls.choice import Choice
+    from .conversation import Turn
+    from .group import Group
+    from .hook_scope import Wrapper
+    from .supervisor import Supervisor
+
+T = TypeVar("T")
+
+logger = logging.getLogger("datasette_llm")
+
+_entering: ContextVar[EntryGate | None] = ContextVar("datasette_llm_entering", default=None)
+
+
+class EntryGate:
+    """Lets the first prompt of a group enter its wrappers alone, and the others once it is in.
+
+    Plugins make per-group state (a budget reservation) when they see a group's first prompt, with an
+    ``await`` between their look and their note. If the first prompt is refused, the next one is first.
+    """
+
+    def __init__(self) -> None:
+        self.open = False
+        self._lock = anyio.Lock()
+
+    async def first(self) -> bool:
+        """Wait until it is this task's turn to enter.
+
+        Returns:
+            whether it must enter alone, and say ``admitted()`` or ``refused()`` afterwards.
+        """
+        if self.open or _entering.get() is self:
+            return False
+        await self._lock.acquire()
+        if self.open:
+            self._lock.release()
+            return False
+        # A prompt that a wrapper sends while it is being entered would wait for itself.
+        _entering.set(self)
+        return True
+
+    def admitted(self) -> None:
+        """The first prompt is in: open for everybody."""
+        self.open = True
+        self.refused()
+
+    def refused(self) -> None:
+        """The first prompt was not let in: the next one is first."""
+        _entering.set(None)
+        self._lock.release()
+
+
+class SupervisedTask:
+    """A prompt or a chain, run by ``run()`` in a task that a supervisor owns.
+
+    Args:
+        supervisor: who starts, counts and cancels it.
+        datasette: whose plugins wrap it.
+        choice: model, purpose and actor, as hooks are told.
+        prompt: the text that hooks are told.
+        group: the group that hooks are told, or ``None``.
+        turn: its place in a conversation, or ``None``.
+    """
+
+    is_chain = False
+
+    # How every task begins: in the class, since a million of them may be made.
+    #: What the wrappers are given; there is none while nobody wraps the prompt.
+    result: PromptResult | None = None
+    cancelled = False
+    ended = False
+    _complete = False
+    _failure: Exception | None = None
+    _patience: CancelScope | None = None
+    _inner: CancelScope | None = None
+    _interruption: BaseException | None = None
+    _span: Span | None = None
+
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        datasette: Any,
+        choice: Choice,
+        prompt: str | None,
+        *,
+        group: Group | None,
+        turn: Turn | None = None,
+    ) -> None:
+        self.supervisor = supervisor
+        self.choice = choice
+        self._datasette = datasette
+        self._prompt = prompt
+        self._group = group
+        self._turn = turn
+
+    # What the subclass says
+
+    async def work(self) -> None:
+        """Do what the wrappers are around; raise what they shall see."""
+        raise NotImplementedError
+
+    def enter_context(self) -> None:
+        """Set the context variables that the wrappers shall run with."""
+
+    async def after(self) -> None:
+        """Do what comes once the wrappers are left, callbacks of the caller for one."""
+
+    def tokens(self) -> tuple[int, int]:
+        """How many tokens it sent and received, as far as its model says."""
+        raise NotImplementedError
+
+    def finish(self, error: Exception | None) -> None:
+        """Tell the readers that it has ended. Must not raise."""
+        raise NotImplementedError
+
+    def wind_down(self) -> None:
+        """The owner is about to end: wait for nobody outside. Returns at once."""
+
+    def spoils_turn(self, error: Exception) -> bool:
+        """Whether ending with this error means that the conversation's history is as if it never was."""
+        return True
+
+    # Life
+
+    def cancel(self) -> None:
+        """Interrupt the work, or what is waited for; wrappers then have the grace period to settle.
+
+        What is complete already stays complete. Returns at once; idempotent.
+        """
+        if self.ended:
+            return
+        self.cancelled = True
+        if self._inner is not None:
+            self._inner.cancel()
+        else:
+            self._begin_grace()
+
+    def _begin_grace(self) -> None:
+        if self._patience is not None and self._patience.deadline == math.inf:
+            self._patience.deadline = anyio.current_time() + self.supervisor.grace_seconds
+
+    async def run(self) -> None:
+        """Live from admission to the end. Errors go to the readers, never to the caller.
+
+        Raises:
+            BaseException: only what asks the whole program to stop (the loop's own cancellation,
+                ``KeyboardInterrupt``), after the wrappers have settled.
+        """
+        error: Exception | None = PromptCancelled("the task was stopped before it could settle")
+        self.supervisor.counters.waiting += 1
+        with self.open_span() as self._span:
+            try:
+                error = await self._live()
+            except get_cancelled_exc_class() as stop:
+                if not await self.is_misplaced(stop):
+                    raise
+                error = misplaced(stop)
+            finally:
+                self._end(error)
+        if self._interruption is not None:
+            raise self._interruption
+
+    def open_span(self) -> AbstractContextManager[Span | None]:
+        """The span that this task runs in, if anybody collects spans."""
+        if not self.supervisor.traced:
+            return no_span
+        return prompt_span(self.choice, "chain" if self.is_chain else "chat")
+
+    def never_ran(self) -> None:
+        """End, because there is no supervisor any more to run it."""
+        self.supervisor.counters.waiting += 1
+        self._end(PromptCancelled("the owner of this prompt has ended"))
+
+    async def _live(self) -> Exception | None:
+        try:
+            if self._turn is not None:
+                await self.interruptible(self._turn.wait)
+            if hooks_wrap_prompts():
+                with self.abandonable("a callback"):
+                    await self._work_wrapped()
+            else:
+                # Nothing of it is made, either, if it was cancelled before it began.
+                self.check()
+                await self._do_work()
+            if not self._complete:
+                # A wrapper swallowed what ended the work; that makes no answer of it.
+                return self._failure or PromptCancelled("a plugin's wrapper stopped the prompt")
+            await self.after()
+        except Exception as error:
+            return error
+        return None
+
+    async def _do_work(self) -> None:
+        try:
+            await self.work()
+        except Exception as error:
+            self._failure = error
+            raise
+        self._complete = True
+
+    async def _work_wrapped(self) -> None:
+        wrappers = await find_wrappers(self._datasette, self.choice, self._prompt)
+        self.check()
+        if wrappers:
+            await self._work_inside(wrappers)
+        else:
+            await self._do_work()
+
+    async def _work_inside(self, wrappers: list[Wrapper]) -> None:
+        gate = self._group.gate if self._group is not None else None
+        alone = gate is not None and not gate.open and await self.interruptible(gate.first)
+        result = self.result = PromptResult(
+            purpose=self.choice.purpose, group=self._group, is_chain=self.is_chain
+        )
+        self.enter_context()
+        admitted = False
+
+        async def enter(index: int) -> None:
+            """Enter a wrapper and, inside of it, those that follow; then do the work."""
+            nonlocal admitted
+            self.check()
+            if index < len(wrappers):
+                with self.abandonable("a wrapper"):
+                    async with entered(wrappers[index], result):
+                        await enter(index + 1)
+                return
+            if gate is not None and alone:
+                admitted = True
+                gate.admitted()
+            await self._do_work()
+
+        try:
+            await enter(0)
+        finally:
+            if gate is not None and alone and not admitted:
+                gate.refused()
+
+    @contextmanager
+    def abandonable(self, what: str) -> Iterator[None]:
+        """Run plugin code inside: never interrupted, abandoned when the task is cancelled and it hangs.
+
+        Raises:
+            PromptCancelled: it was abandoned.
+        """
+        outer = self._patience
+        # Only the outermost keeps others out: a timeout that a wrapper opens around its yield counts.
+        with CancelScope(shield=outer is None) as patience:
+            self._patience = patience
+            if self.cancelled:
+                self._begin_grace()
+            try:
+                yield
+            finally:
+                self._patience = outer
+                if self.cancelled:
+                    self._begin_grace()
+        if patience.cancelled_caught:
+            seconds = self.supervisor.grace_seconds
+            logger.warning(
+                "Abandoned %s of a cancelled prompt to %s: it took more than %g s",
+                what,
+                self.choice.model_id,
+                seconds,
+            )
+            raise PromptCancelled(f"the prompt was cancelled, and {what} did not end within {seconds:g} s")
+
+    def check(self) -> None:
+        """Raise ``PromptCancelled`` if somebody has cancelled this task."""
+        if self.cancelled:
+            raise PromptCancelled("the prompt was cancelled")
+
+    async def interruptible(self, function: Callable[[], Awaitable[T]]) -> T:
+        """Await ``function()`` so that ``cancel()`` interrupts it.
+
+        Raises:
+            PromptCancelled: it was interrupted, or failed because it was.
+            Exception: its own; also when the task was cancelled in the same moment.
+        """
+        self.check()
+        # Inside of plugin code that is shielded by itself, a timeout that it opens around its yield counts.
+        scope = self._inner = CancelScope(shield=self._patience is None)
+        try:
+            with scope:
+                return await function()
+        except Exception as error:
+            if self.cancelled and _comes_of_cancellation(error):
+                raise PromptCancelled("the prompt was cancelled") from error
+            raise
+        except get_cancelled_exc_class() as stop:
+            if scope.cancel_called and native_cancel.take_back():
+                # The loop ends in the very moment in which we are cancelled: the scope lets it through.
+                raise PromptCancelled("the prompt was cancelled") from stop
+            if not await self._owner_is_stopping(stop):
+                # A scope or a timeout that a wrapper opened around its yield: its business, not ours.
+                raise
+            # The event loop is closing and cancels each task by itself, shield or not. The wrappers
+            # get the exception they can settle with; run() then passes this one on.
+            self._interruption = stop
+            # While asyncio still counts it, anyio's scopes take their own deadlines for it.
+            native_cancel.take_back()
+            raise PromptCancelled("the event loop is closing") from stop
+        except BaseException as stop:
+            if not _ends_program(stop):
+                raise
+            self._interruption = stop
+            self.cancelled = True
+            raise PromptCancelled("the program is being stopped") from stop
+        finally:
+            self._inner = None
+            if self.cancelled:
+                self._begin_grace()
+        raise PromptCancelled("the prompt was cancelled")
+
+    async def _owner_is_stopping(self, stop: BaseException) -> bool:
+        """Whether asyncio cancels this task because the whole event loop ends.
+
+        Then our supervisor is cancelled in the same turn of the loop, and cancels us.
+        """
+        if not native_cancel.is_native(stop):
+            return False
+        await cancel_shielded_checkpoint()
+        return self.cancelled
+
+    async def is_misplaced(self, stop: BaseException) -> bool:
+        """Whether a cancellation that arrives at the top of this task was meant for something else.
+
+        Left alone it would cancel this prompt's siblings.
+        """
+        if not native_cancel.is_native(stop) or await self._owner_is_stopping(stop):
+            return False
+        native_cancel.take_back()
+        return True
+
+    def _end(self, error: Exception | None) -> None:
+        self.ended = True
+        if self._span is not None:
+            describe_end(self._span, error, *self.tokens())
+            self._span = None
+        counters = self.supervisor.counters
+        self.leave_phase(counters)
+        if error is None or isinstance(error, llm.PauseChain):
+            counters.succeeded += 1
+        elif isinstance(error, PromptCancelled):
+            counters.cancelled += 1
+        else:
+            counters.failed += 1
+            self.supervisor.prompt_failed(error)
+        if self._turn is not None:
+            if error is not None and self.spoils_turn(error):
+                self._turn.undo()
+            self._turn.give_up()
+        self.finish(error)
+        self.supervisor.forget(self)
+
+    # Which of the two kinds of unfinished it is, for the statistics
+
+    _running = False
+
+    def begin_running(self) -> None:
+        """A model call of this task has begun."""
+        if not self._running:
+            self._running = True
+            self.supervisor.counters.waiting -= 1
+            self.supervisor.counters.running += 1
+
+    def leave_phase(self, counters: Any) -> None:
+        """Count this task neither as waiting nor as running any more."""
+        if self._running:
+            counters.running -= 1
+        else:
+            counters.waiting -= 1
+
+
+def misplaced(stop: BaseException) -> RuntimeError:
+    """Return the error of a prompt whose task was cancelled by code that it called."""
+    error = RuntimeError("asyncio code that a plugin or the model called cancelled the prompt's task")
+    error.__cause__ = stop
+    return error
+
+
+def _comes_of_cancellation(error: BaseException) -> bool:
+    """Whether an error was raised while a cancellation was handled, by a library that words it its way."""
+    stop = get_cancelled_exc_class()
+    pending: list[BaseException | None] = [error]
+    seen = set()
+    while pending:
+        found = pending.pop()
+        if found is None or id(found) in seen:
+            continue
+        if isinstance(found, stop):
+            return True
+        seen.add(id(found))
+        pending += [found.__cause__, found.__context__]
+    return False
+
+
+def _ends_program(error: BaseException) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return error.subgroup((KeyboardInterrupt, SystemExit)) is not None
+    return isinstance(error, (KeyboardInterrupt, SystemExit))

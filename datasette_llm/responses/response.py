@@ -21,6 +21,7 @@ import anyio
 import llm
 
 from ..errors import PromptCancelled
+from .finish import FinishReason, finish_reason
 from .readers import EventReader, TextReader, ring
 from .tools import execute_tool_calls, tool_message
 
@@ -101,6 +102,11 @@ class PromptResponse(llm.AsyncResponse):
         if self._error is not None:
             self._error_seen = True
         return self._error
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the model stopped; ``None`` until its answer is complete, and when there is none."""
+        return finish_reason(self._observed) if self._answered and self._observed._done else None
 
     def cancel(self) -> None:
         """Cancel the prompt, if it has not ended yet.

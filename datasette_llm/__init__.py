@@ -9,10 +9,11 @@ listed in ``__all__`` is internal.
 
 from __future__ import annotations
 
-from .access.purposes import Purpose, get_purposes
+from .access.purposes import get_purposes
 from .enrich import enrich
 from .errors import GroupClosed, ModelNotFoundError, PromptCancelled
 from .facade import LLM
+from .hookspecs import Purpose
 from .models import GroupModel, WrappedAsyncModel, WrappedConversation
 from .responses.response import PromptResponse
 from .tasks.group import Group

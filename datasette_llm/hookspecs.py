@@ -6,6 +6,7 @@ An implementation may take any subset of the named arguments.
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pluggy import HookspecMarker, PluginManager
@@ -17,9 +18,21 @@ if TYPE_CHECKING:
     import llm
     from datasette.app import Datasette
 
-    from .access.purposes import Purpose
 
 hookspec = HookspecMarker("datasette")
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """Something that a plugin runs prompts for.
+
+    Attributes:
+        name: what is passed as ``purpose=`` and written in the configuration.
+        description: one sentence for people.
+    """
+
+    name: str
+    description: str = ""
 
 
 @hookspec

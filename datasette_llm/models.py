@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from .pace.throttle import get_throttle
 from .tasks.chain import Chain, ChainTask
 from .tasks.conversation import Turns
-from .tasks.group import Group, GroupBlock
+from .tasks.group_block import GroupBlock
+from .tasks.group_supervisor import GroupSupervisor
 from .tasks.map import MapRun, PromptMap
 from .tasks.prompt_task import PromptTask
 from .tasks.root import root_supervisor
@@ -39,7 +40,7 @@ class WrappedAsyncModel:
         model: llm's model object underneath, a copy that nobody else holds.
     """
 
-    def __init__(self, datasette: Any, choice: Choice, group: Group | None = None) -> None:
+    def __init__(self, datasette: Any, choice: Choice, supervisor: GroupSupervisor | None = None) -> None:
         self.model_id = choice.model_id
         self.purpose = choice.purpose
         self.actor = choice.actor
@@ -47,7 +48,7 @@ class WrappedAsyncModel:
         self._key = choice.key
         self._datasette = datasette
         self._choice = choice
-        self._group = group
+        self._supervisor = supervisor
         self._clients: ClientPool | None = None
 
     async def prompt(self, prompt: str | None = None, **kwargs: Any) -> PromptResponse:
@@ -118,9 +119,9 @@ class WrappedAsyncModel:
         return f"<{type(self).__name__} {self.model_id} purpose={self.purpose!r}>"
 
     def _owner(self) -> tuple[Supervisor, Slots]:
-        if self._group is not None:
-            self._group.check_open()
-            return self._group, self._group.slots
+        if self._supervisor is not None:
+            self._supervisor.check_open()
+            return self._supervisor, self._supervisor.slots
         choice = self._choice
         root = root_supervisor()
         throttle = get_throttle(choice.key, choice.model_id, choice.settings)
@@ -150,15 +151,11 @@ class WrappedAsyncModel:
             lambda: send(prompt, **arguments),
             slots,
             prompt=prompt,
-            group=self._group,
             turn=turn,
             reply_model=self,
         )
-        if self._group is not None:
-            if keep:
-                self._group._responses._keep(task.response)
-            else:
-                self._group._responses._count()
+        if self._supervisor is not None:
+            self._supervisor.group._responses.add(task.response, keep=keep)
         return task
 
     def _chain(
@@ -186,7 +183,6 @@ class WrappedAsyncModel:
                 begin_turn,
                 slots,
                 prompt=prompt,
-                group=self._group,
                 turn=turns.ask() if turns is not None else None,
                 reply_model=self,
             )
@@ -266,9 +262,15 @@ class GroupModel(WrappedAsyncModel):
         group: the ``Group`` that hooks receive.
     """
 
-    def __init__(self, datasette: Any, choice: Choice, group: Group) -> None:
-        super().__init__(datasette, choice, group)
-        self.group = group
+    def __init__(self, datasette: Any, choice: Choice, supervisor: GroupSupervisor) -> None:
+        super().__init__(datasette, choice, supervisor)
+        self.group = supervisor.group
+        self._supervisor: GroupSupervisor = supervisor
+
+    @property
+    def refusal(self) -> Exception | None:
+        """What all further prompts of the group are refused with, once the provider refused its key."""
+        return self._supervisor.refusal
 
     @property
     def stats(self) -> GroupStats:
@@ -277,7 +279,7 @@ class GroupModel(WrappedAsyncModel):
 
     def cancel(self) -> None:
         """Cancel every prompt of the group, and each one that still comes. Returns at once."""
-        self.group.cancel()
+        self._supervisor.cancel()
 
     def map(
         self,
@@ -309,7 +311,7 @@ class GroupModel(WrappedAsyncModel):
             prompt = arguments.pop("prompt", None)
             return self._prompt_task(self.model.prompt, prompt, arguments, keep=False)
 
-        return PromptMap(MapRun(self.group, items, to_prompt, make_task))
+        return PromptMap(MapRun(self._supervisor, items, to_prompt, make_task))
 
 
 @asynccontextmanager
@@ -335,5 +337,6 @@ async def open_group(
     if on_error not in ("collect", "cancel"):
         raise ValueError(f"on_error must be 'collect' or 'cancel', not {on_error!r}")
     choice = await choose()
-    async with GroupBlock(Group(datasette, choice, concurrency=concurrency, on_error=on_error)) as group:
-        yield GroupModel(datasette, choice, group)
+    supervisor = GroupSupervisor(datasette, choice, concurrency=concurrency, on_error=on_error)
+    async with GroupBlock(supervisor):
+        yield GroupModel(datasette, choice, supervisor)

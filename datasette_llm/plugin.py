@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pluggy import HookimplMarker
 
-from .access.purposes import Purpose
-from .hookspecs import plugin_manager
+from .hookspecs import Purpose, plugin_manager
 
 if TYPE_CHECKING:
     import click

@@ -201,11 +201,12 @@ class Case:
         assert counts["opened"] == counts["closed"]
         group = self.group.group
         assert group.closed
-        assert group.slots.in_use == group.slots._lane.in_use == len(group.slots._lane.waiters) == 0
+        slots = self.group._supervisor.slots
+        assert slots.in_use == slots.lane.in_use == len(slots.lane.waiters) == 0
         stats = group.stats
         assert (stats.waiting, stats.running) == (0, 0)
-        assert not group._live
-        assert not group._maps
+        assert not self.group._supervisor._live
+        assert not self.group._supervisor._maps
         for response in group._responses:
             assert response.done
             assert not response._bells

@@ -78,7 +78,7 @@ async def check_siblings(llm: LLM, prompt: str, error: type[Exception], match: s
             assert isinstance(outcomes[prompt].error, error)
             assert [await outcomes[item].text() for item in "cd"] == ["c", "d"]
         assert (group.stats.succeeded, group.stats.failed, group.stats.cancelled) == (4, 2, 0)
-        assert group.group.slots.in_use == 0
+        assert group._supervisor.slots.in_use == 0
         alone = await (await llm.model()).prompt(prompt, **kwargs)
         with pytest.raises(error, match=match):
             await alone.text()

@@ -531,7 +531,7 @@ async def test_fifty_groups_of_forty_prompts_do_not_get_in_each_others_way() -> 
     for number, group in groups.items():
         stats = group.stats
         assert (stats.waiting, stats.running) == (0, 0)
-        assert group.group.slots.in_use == 0
+        assert group._supervisor.slots.in_use == 0
         visits = [visit for visit in spy.visits if visit.result.group is group.group]
         assert all(str(visit.prompt).startswith(f"{number}/") for visit in visits)
         # What waited for its turn when the group was cancelled never got to its wrapper.

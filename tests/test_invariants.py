@@ -159,9 +159,10 @@ class World:
         for model in self.groups:
             group, stats = model.group, model.stats
             assert (stats.waiting, stats.running) == (0, 0)
-            assert group.slots.in_use == group.slots._lane.in_use == len(group.slots._lane.waiters) == 0
-            assert not group._live
-            assert not group._maps
+            slots = model._supervisor.slots
+            assert slots.in_use == slots.lane.in_use == len(slots.lane.waiters) == 0
+            assert not model._supervisor._live
+            assert not model._supervisor._maps
             self.responses += group._responses
         for response in self.responses:
             assert response.done

@@ -387,7 +387,7 @@ async def test_leaving_the_loop_stops_pulling_and_cancels(
             assert model.stats.cancelled == pulled - 1
             await anyio.sleep(5)
             assert source.pulled == pulled
-            assert not model.group._maps
+            assert not model._supervisor._maps
         assert anyio.current_time() - began < 20
     assert fake.counts["opened"] == fake.counts["closed"]
     assert source.closed == (kind != "sync")

@@ -4,28 +4,14 @@ from __future__ import annotations
 
 import inspect
 import logging
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..hookspecs import plugin_manager
+from ..hookspecs import Purpose, plugin_manager
 
 if TYPE_CHECKING:
     from datasette.app import Datasette
 
 logger = logging.getLogger("datasette_llm")
-
-
-@dataclass(frozen=True)
-class Purpose:
-    """Something that a plugin runs prompts for.
-
-    Attributes:
-        name: what is passed as ``purpose=`` and written in the configuration.
-        description: one sentence for people.
-    """
-
-    name: str
-    description: str = ""
 
 
 def get_purposes(datasette: Datasette) -> list[Purpose]:

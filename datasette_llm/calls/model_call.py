@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..pace.policy import PromptSettings
     from ..pace.throttle import Slots
     from ..responses.response import PromptResponse
-    from ..tasks.task import SupervisedTask
+    from .choice import Choice
     from .retry import Attempt
 
 logger = logging.getLogger("datasette_llm")
@@ -35,6 +35,22 @@ CLOSE_SECONDS = 5.0
 
 _CANCELLED = Outcome("cancelled")
 _OK = Outcome("ok")
+
+
+class Caller(Protocol):
+    """The task that a model call is a part of: what it is told, and asked."""
+
+    @property
+    def choice(self) -> Choice: ...
+
+    @property
+    def refusal(self) -> Exception | None: ...
+
+    def begin_attempt(self, response: llm.AsyncResponse) -> None: ...
+
+    def count_retry(self) -> None: ...
+
+    def key_refused(self, error: Exception) -> None: ...
 
 
 class ModelCall:
@@ -52,7 +68,7 @@ class ModelCall:
 
     def __init__(
         self,
-        task: SupervisedTask,
+        task: Caller,
         response: PromptResponse,
         ask: Callable[[], llm.AsyncResponse],
         slots: Slots,
@@ -104,7 +120,7 @@ class ModelCall:
         return again
 
     def _count_retry(self) -> None:
-        self._task.supervisor.counters.retries += 1
+        self._task.count_retry()
 
     async def _attempt(self, again: Attempt | None = None) -> None:
         response, slots = self._response, self._slots
@@ -124,8 +140,8 @@ class ModelCall:
         if self._started is None:
             self._started = started
         try:
-            self._begin()
-            if self._task.supervisor.refusal is not None:
+            self._task.begin_attempt(response._observed)
+            if self._task.refusal is not None:
                 self._check_refusal()
             response.attempts += 1
             if self._settings.timeout is None:
@@ -145,26 +161,20 @@ class ModelCall:
             slots.release(outcome, started)
 
     def _check_refusal(self) -> None:
-        refusal = self._task.supervisor.refusal
+        refusal = self._task.refusal
         if refusal is not None and self._uses_chosen_key():
             # Without its traceback, which would grow with every prompt.
             raise refusal.with_traceback(None)
 
     def _key_refused(self, error: Exception) -> None:
         if self._uses_chosen_key():
-            self._task.supervisor.key_refused(error)
+            self._task.key_refused(error)
 
     def _uses_chosen_key(self) -> bool:
         return self._response._observed._key == self._task.choice.key
 
     def _answered(self) -> Outcome:
         return Outcome("ok", tokens=_used_tokens(self._response._observed))
-
-    def _begin(self) -> None:
-        task = self._task
-        if task.result is not None:
-            task.result._attempt(self._response._observed)
-        task.begin_running()
 
     async def _drive_in_time(self, seconds: float) -> None:
         with anyio.move_on_after(seconds) as scope:

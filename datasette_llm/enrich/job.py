@@ -186,7 +186,7 @@ class EnrichJob:
                 continue  # Neither answered nor failed: the row is for the next run.
             except Exception as error:
                 self._ledger.answer(error)
-                if model.group.refusal is not None:
+                if model.refusal is not None:
                     # Every other row would fail alike.
                     self.stop("key_refused")
                 await writer.add(self._failure(item.row, error, attempts=response.attempts))

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import anyio
 
 from .adaptive import AdaptiveLimit
-
-if TYPE_CHECKING:
-    from .throttle import Slots
 
 
 class Lane:
@@ -37,10 +34,20 @@ class Lane:
         self.blocked_since = now if blocked else None
 
 
+class Holder(Protocol):
+    """Somebody who takes slots of a lane, one group say."""
+
+    lane: Lane
+    in_use: int
+    throttled_seconds: float
+
+
 class Waiter:
+    """Somebody's place in the queue of a lane."""
+
     __slots__ = ("blocked_before", "event", "granted", "scope", "slots", "ticket", "tokens")
 
-    def __init__(self, slots: Slots, tokens: int) -> None:
+    def __init__(self, slots: Holder, tokens: int) -> None:
         self.slots = slots
         self.tokens = tokens
         self.granted = False

@@ -27,7 +27,7 @@ from ..backends.loops import loop_clock
 from .adaptive import AdaptiveLimit
 from .announced import AnnouncedLimits
 from .cooldown import Cooldowns
-from .lanes import Lane, Waiter
+from .lanes import Holder, Lane, Waiter
 from .pacing import fixed_buckets
 
 if TYPE_CHECKING:
@@ -55,11 +55,11 @@ class Outcome(NamedTuple):
 class Slots:
     """One group's view of a throttle. Every acquire is followed by exactly one release."""
 
-    __slots__ = ("_lane", "_throttle", "acquired_at", "in_use", "now", "throttled_seconds")
+    __slots__ = ("_throttle", "acquired_at", "in_use", "lane", "now", "throttled_seconds")
 
     def __init__(self, throttle: Throttle, lane: Lane) -> None:
         self._throttle = throttle
-        self._lane = lane
+        self.lane = lane
         #: The event loop's clock, read faster than through anyio.
         self.now = throttle._now
         self.in_use = 0
@@ -70,14 +70,14 @@ class Slots:
     @property
     def limit(self) -> int:
         """How many calls may be in flight now. An adaptive limit grows while somebody waits for it."""
-        return self._lane.limit
+        return self.lane.limit
 
     @property
     def wanted(self) -> int:
         """How many calls to have at hand: the limit, and one to wait for it where that makes it grow."""
-        adaptive = self._lane.adaptive
+        adaptive = self.lane.adaptive
         if adaptive is None:
-            return self._lane.fixed
+            return self.lane.fixed
         limit = adaptive.limit
         return limit + 1 if limit < adaptive.bounds.max else limit
 
@@ -92,7 +92,7 @@ class Slots:
         Args:
             tokens: an estimate of what the call will use.
         """
-        throttle, lane = self._throttle, self._lane
+        throttle, lane = self._throttle, self.lane
         if lane.waiters or lane.in_use >= lane.limit:
             return False
         now = self.now()
@@ -193,10 +193,10 @@ class Throttle:
             until = max(until, self._announced.opening(now, tokens))
         return until
 
-    def _start(self, slots: Slots, now: float, tokens: int) -> None:
+    def _start(self, slots: Holder, now: float, tokens: int) -> None:
         """Let a call start: take its slot, and its share of the pace."""
         slots.in_use += 1
-        slots._lane.in_use += 1
+        slots.lane.in_use += 1
         self._in_use += 1
         self._cooldowns.sent(now)
         if self._paced:
@@ -211,11 +211,11 @@ class Throttle:
         if self._announced.known and requests > 0:
             self._announced.take(now, tokens)
 
-    def _give_back(self, slots: Slots, tokens: int) -> None:
+    def _give_back(self, slots: Holder, tokens: int) -> None:
         """Undo ``_start()`` for a call that was cancelled before it began."""
         now = self._now()
         slots.in_use -= 1
-        slots._lane.in_use -= 1
+        slots.lane.in_use -= 1
         self._in_use -= 1
         self._cooldowns.not_sent(now)
         if self._paced:
@@ -224,7 +224,7 @@ class Throttle:
             self._dispatch(now)
 
     def _release(self, slots: Slots, outcome: Outcome, started: float | None) -> None:
-        lane = slots._lane
+        lane = slots.lane
         slots.in_use -= 1
         lane.in_use -= 1
         if self._paced or outcome.kind != "ok" or lane.adaptive is not None:
@@ -272,7 +272,7 @@ class Throttle:
 
     async def _wait(self, waiter: Waiter, *, first: bool) -> None:
         """Wait in the queue until somebody lets this waiter start."""
-        slots, lane = waiter.slots, waiter.slots._lane
+        slots, lane = waiter.slots, waiter.slots.lane
         self._enqueue(waiter, first=first)
         try:
             self._dispatch(self._now())
@@ -304,7 +304,7 @@ class Throttle:
                 self._appoint_leader()
 
     def _enqueue(self, waiter: Waiter, *, first: bool) -> None:
-        lane = waiter.slots._lane
+        lane = waiter.slots.lane
         if not lane.waiters and lane not in self._queues:
             self._queues.append(lane)
         if first:

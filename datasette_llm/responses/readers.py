@@ -7,7 +7,7 @@ dropped anywhere and leaves nothing behind.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import anyio
 
@@ -17,7 +17,17 @@ if TYPE_CHECKING:
     from anyio.streams.memory import MemoryObjectSendStream
     from llm.parts import StreamEvent
 
-    from .response import PromptResponse
+
+class Broadcast(Protocol):
+    """What readers hold positions in: everything that has arrived, in order, and who waits for more."""
+
+    _events: list[StreamEvent]
+    _bells: set[MemoryObjectSendStream[None]] | None
+    _was_streamed: bool
+
+    def _is_readable(self) -> bool: ...
+
+    def _raise_error(self) -> None: ...
 
 
 def ring(bells: Iterable[MemoryObjectSendStream[None]]) -> None:
@@ -33,7 +43,7 @@ def ring(bells: Iterable[MemoryObjectSendStream[None]]) -> None:
 class EventReader:
     """One reader of a response: an async iterator over what the model sends, live until the end."""
 
-    def __init__(self, response: PromptResponse) -> None:
+    def __init__(self, response: Broadcast) -> None:
         self._response = response
         self._position = 0
         self._closed = False

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from ..responses.readers import EventReader
     from ..responses.response import Prompter
     from .conversation import Turn
-    from .group import Group
     from .supervisor import Supervisor
 
 
@@ -268,11 +267,10 @@ class ChainTask(SupervisedTask):
         slots: Slots,
         *,
         prompt: str | None,
-        group: Group | None,
         turn: Turn | None = None,
         reply_model: Prompter | None = None,
     ) -> None:
-        super().__init__(supervisor, datasette, choice, prompt, group=group, turn=turn)
+        super().__init__(supervisor, datasette, choice, prompt, turn=turn)
         self._chain = chain
         self._begin = begin
         self._slots = slots
@@ -376,8 +374,8 @@ class ChainTask(SupervisedTask):
             return self._ask(plan, prompt)
 
         response = PromptResponse(ask(), on_cancel=self.cancel, reply_model=self._reply_model)
-        if self._group is not None:
-            self._group._responses._keep(response)
+        if self.supervisor.group is not None:
+            self.supervisor.group._responses.add(response, keep=True)
         self._chain._responses.append(response)
         self._chain._tell_readers()
         response._enter_context()

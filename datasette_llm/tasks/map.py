@@ -40,7 +40,7 @@ from .hook_scope import hooks_wrap_prompts
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .group import Group
+    from .group_supervisor import GroupSupervisor
     from .prompt_task import PromptTask
 
 T = TypeVar("T")
@@ -81,7 +81,7 @@ class MapRun(Generic[T]):
     """What the workers of one ``map()`` share.
 
     Args:
-        group: the supervisor of the prompts.
+        supervisor: the owner of the prompts.
         items: a sync or async iterable, pulled lazily.
         to_prompt: what to prompt for an item: a string, or a mapping of ``prompt()`` keywords.
         make_task: makes the prompt's task from ``prompt()`` keywords.
@@ -93,14 +93,14 @@ class MapRun(Generic[T]):
 
     def __init__(
         self,
-        group: Group,
+        supervisor: GroupSupervisor,
         items: Iterable[T] | AsyncIterable[T],
         to_prompt: Callable[[T], str | Mapping[str, Any]],
         make_task: Callable[[Mapping[str, Any]], PromptTask],
     ) -> None:
         self.ended = False
-        self._group = group
-        self._slots = group.slots
+        self._supervisor = supervisor
+        self._slots = supervisor.slots
         self._to_prompt = to_prompt
         self._make_task = make_task
         self._begun = False
@@ -141,7 +141,7 @@ class MapRun(Generic[T]):
                 self._end()
                 raise PromptCancelled(
                     "the group has been cancelled"
-                    if self._group._cancelled
+                    if self._supervisor._cancelled
                     else "the group's block was left before the map had ended"
                 )
             if self.exhausted and not self._outstanding:
@@ -166,14 +166,14 @@ class MapRun(Generic[T]):
     def stop(self) -> None:
         """Stop pulling and cancel what is in flight. Returns at once; idempotent."""
         self._begun = self._stopped = True
-        self._group._maps.pop(self, None)
+        self._supervisor._maps.pop(self, None)
         for cancel in list(self._in_flight.values()):
             cancel()
         self.end_source()
 
     def _end(self) -> None:
         self.ended = True
-        self._group._maps.pop(self, None)
+        self._supervisor._maps.pop(self, None)
         self._tell_loop()
 
     def _tell_loop(self) -> None:
@@ -217,18 +217,18 @@ class MapRun(Generic[T]):
     def _begin(self) -> None:
         self._begun = True
         try:
-            self._group.check_open()
+            self._supervisor.check_open()
         except BaseException:
             self._end()
             raise
-        self._group._maps[self] = None
+        self._supervisor._maps[self] = None
         if self._feeder is not None:
             self._spawn(self._feeder.run)
         else:
             self.wake_worker()
 
     def _spawn(self, function: Callable[[], Any]) -> None:
-        tasks = self._group._tasks
+        tasks = self._supervisor._tasks
         assert tasks is not None
         tasks.start_soon(function)
 
@@ -296,7 +296,7 @@ class MapRun(Generic[T]):
         try:
             if wrapped:
                 # In a task of its own: shielded, and context variables a wrapper sets end with the prompt.
-                self._group.start(task)
+                self._supervisor.start(task)
                 await task.response.wait()
             else:
                 await task.run_unwrapped()
@@ -306,14 +306,14 @@ class MapRun(Generic[T]):
 
     def _refused(self, error: Exception) -> PromptResponse:
         """The response of a prompt that llm did not take: an option out of range, a wrong attachment."""
-        model = self._group.choice.model
+        model = self._supervisor.choice.model
         observed = llm.AsyncResponse(llm.Prompt(None, model), model, stream=False)
         response = PromptResponse(observed, on_cancel=lambda: None)
         response._finish(error)
-        self._group._responses._count()
-        self._group.counters.failed += 1
-        self._group.prompt_failed(error)
-        self._group.watch_failure(response)
+        self._supervisor.group._responses.add(response, keep=False)
+        self._supervisor.counters.failed += 1
+        self._supervisor.prompt_failed(error)
+        self._supervisor.watch_failure(response)
         return response
 
     def _give(self, item: T, response: PromptResponse) -> None:

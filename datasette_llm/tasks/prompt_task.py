@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from ..pace.throttle import Slots
     from ..responses.response import Prompter
     from .conversation import Turn
-    from .group import Group
     from .supervisor import Supervisor
 
 
@@ -50,11 +49,10 @@ class PromptTask(SupervisedTask):
         slots: Slots,
         *,
         prompt: str | None,
-        group: Group | None,
         turn: Turn | None = None,
         reply_model: Prompter | None = None,
     ) -> None:
-        super().__init__(supervisor, datasette, choice, prompt, group=group, turn=turn)
+        super().__init__(supervisor, datasette, choice, prompt, turn=turn)
         self.response = PromptResponse(ask(), on_cancel=self.cancel, reply_model=reply_model)
         self._ask = ask
         self._call = ModelCall(self, self.response, ask, slots, choice.settings)

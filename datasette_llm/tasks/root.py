@@ -27,7 +27,7 @@ from .supervisor import GRACE_SECONDS, Supervisor
 if TYPE_CHECKING:
     from ..pace.policy import ConcurrencyBounds
     from ..pace.throttle import Slots, Throttle
-    from .task import SupervisedTask
+    from .supervisor import Child
 
 logger = logging.getLogger("datasette_llm")
 
@@ -49,11 +49,11 @@ class RootSupervisor(Supervisor):
         # asyncio itself would let a task be collected that nobody holds; the RunVar holds this.
         self.task: asyncio.Task[None] | None = None
         # Asked before its own task had its first turn, each with the context of whoever asked.
-        self._early: list[tuple[Context, SupervisedTask]] = []
+        self._early: list[tuple[Context, Child]] = []
         self._woken = anyio.Event()
         self._ended = anyio.Event()
 
-    def start(self, task: SupervisedTask) -> None:
+    def start(self, task: Child) -> None:
         """Run a task as a child of this supervisor. Returns at once."""
         if self._tasks is None:
             self.adopt(task)

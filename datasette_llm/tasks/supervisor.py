@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import anyio
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
     from ..responses.response import PromptResponse
-    from .task import SupervisedTask
+    from .entry_gate import EntryGate
+    from .group import Group
 
 #: How long the wrappers of a cancelled prompt may take to settle, in seconds.
 GRACE_SECONDS = 5.0
@@ -42,15 +43,32 @@ class Counters:
         self.output_tokens += received
 
 
+class Child(Protocol):
+    """A task that a supervisor owns."""
+
+    async def run(self) -> None: ...
+
+    def never_ran(self) -> None: ...
+
+    def cancel(self) -> None: ...
+
+    def wind_down(self) -> None: ...
+
+
 class Supervisor:
     """Owns tasks: each runs in its task group, and none outlives it.
 
     Attributes:
         counters: what happened to its prompts.
         grace_seconds: how long a cancelled prompt's wrappers may take to settle.
+        group: what hooks see of the group whose prompts these are, or ``None``.
+        gate: lets the first prompt of a group enter its wrappers alone.
         refusal: the provider's error, once it has refused the key of all these prompts: it is then
             everybody's error, and no more calls are made.
     """
+
+    group: Group | None = None
+    gate: EntryGate | None = None
 
     def __init__(self, *, grace_seconds: float = GRACE_SECONDS) -> None:
         self.counters = Counters()
@@ -59,7 +77,7 @@ class Supervisor:
         self._tasks: TaskGroup | None = None
         self._backend = backend()
         self._door = LoopDoor()
-        self._live: dict[SupervisedTask, None] = {}
+        self._live: dict[Child, None] = {}
         self._cancelled = False
         self._winding_down = False
         self._idle: anyio.Event | None = None
@@ -69,7 +87,7 @@ class Supervisor:
         """Whether its prompts run in spans."""
         return is_traced()
 
-    def start(self, task: SupervisedTask) -> None:
+    def start(self, task: Child) -> None:
         """Run a task as a child of this supervisor, in the caller's context. Returns at once."""
         self.adopt(task)
         if backend() == self._backend:
@@ -78,7 +96,7 @@ class Supervisor:
             # A plugin on the hosted asyncio loop prompts a group of trio's side.
             self._door.call_soon(partial(copy_context().run, self._spawn, task))
 
-    def _spawn(self, task: SupervisedTask) -> None:
+    def _spawn(self, task: Child) -> None:
         assert self._tasks is not None
         try:
             self._tasks.start_soon(task.run)
@@ -89,7 +107,7 @@ class Supervisor:
     def key_refused(self, error: Exception) -> None:
         """Called when the provider refused a key. Prompts of different keys may have this owner."""
 
-    def adopt(self, task: SupervisedTask) -> None:
+    def adopt(self, task: Child) -> None:
         """Count a task as live that its caller is about to run inside this supervisor's tasks."""
         self._live[task] = None
         if self._winding_down:
@@ -97,7 +115,7 @@ class Supervisor:
         if self._cancelled:
             task.cancel()
 
-    def forget(self, task: SupervisedTask) -> None:
+    def forget(self, task: Child) -> None:
         """Called by a task when it has ended."""
         self._live.pop(task, None)
         if not self._live and self._idle is not None:

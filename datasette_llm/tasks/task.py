@@ -22,7 +22,6 @@ from __future__ import annotations
 import logging
 import math
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
@@ -44,53 +43,12 @@ if TYPE_CHECKING:
 
     from ..calls.choice import Choice
     from .conversation import Turn
-    from .group import Group
     from .hook_scope import Wrapper
     from .supervisor import Supervisor
 
 T = TypeVar("T")
 
 logger = logging.getLogger("datasette_llm")
-
-_entering: ContextVar[EntryGate | None] = ContextVar("datasette_llm_entering", default=None)
-
-
-class EntryGate:
-    """Lets the first prompt of a group enter its wrappers alone, and the others once it is in.
-
-    Plugins make per-group state (a budget reservation) when they see a group's first prompt, with an
-    ``await`` between their look and their note. If the first prompt is refused, the next one is first.
-    """
-
-    def __init__(self) -> None:
-        self.open = False
-        self._lock = anyio.Lock()
-
-    async def first(self) -> bool:
-        """Wait until it is this task's turn to enter.
-
-        Returns:
-            whether it must enter alone, and say ``admitted()`` or ``refused()`` afterwards.
-        """
-        if self.open or _entering.get() is self:
-            return False
-        await self._lock.acquire()
-        if self.open:
-            self._lock.release()
-            return False
-        # A prompt that a wrapper sends while it is being entered would wait for itself.
-        _entering.set(self)
-        return True
-
-    def admitted(self) -> None:
-        """The first prompt is in: open for everybody."""
-        self.open = True
-        self.refused()
-
-    def refused(self) -> None:
-        """The first prompt was not let in: the next one is first."""
-        _entering.set(None)
-        self._lock.release()
 
 
 class SupervisedTask:
@@ -101,7 +59,6 @@ class SupervisedTask:
         datasette: whose plugins wrap it.
         choice: model, purpose and actor, as hooks are told.
         prompt: the text that hooks are told.
-        group: the group that hooks are told, or ``None``.
         turn: its place in a conversation, or ``None``.
     """
 
@@ -126,14 +83,12 @@ class SupervisedTask:
         choice: Choice,
         prompt: str | None,
         *,
-        group: Group | None,
         turn: Turn | None = None,
     ) -> None:
         self.supervisor = supervisor
         self.choice = choice
         self._datasette = datasette
         self._prompt = prompt
-        self._group = group
         self._turn = turn
 
     # What the subclass says
@@ -250,10 +205,10 @@ class SupervisedTask:
             await self._do_work()
 
     async def _work_inside(self, wrappers: list[Wrapper]) -> None:
-        gate = self._group.gate if self._group is not None else None
+        gate = self.supervisor.gate
         alone = gate is not None and not gate.open and await self.interruptible(gate.first)
         result = self.result = PromptResult(
-            purpose=self.choice.purpose, group=self._group, is_chain=self.is_chain
+            purpose=self.choice.purpose, group=self.supervisor.group, is_chain=self.is_chain
         )
         self.enter_context()
         admitted = False
@@ -398,6 +353,25 @@ class SupervisedTask:
     # Which of the two kinds of unfinished it is, for the statistics
 
     _running = False
+
+    def begin_attempt(self, response: llm.AsyncResponse) -> None:
+        """Tell wrappers and statistics that the model is about to be called."""
+        if self.result is not None:
+            self.result._attempt(response)
+        self.begin_running()
+
+    def count_retry(self) -> None:
+        """The model is about to be called again for the same answer."""
+        self.supervisor.counters.retries += 1
+
+    @property
+    def refusal(self) -> Exception | None:
+        """What its owner's prompts are refused with, if they all are."""
+        return self.supervisor.refusal
+
+    def key_refused(self, error: Exception) -> None:
+        """The provider refused the key of a model call."""
+        self.supervisor.key_refused(error)
 
     def begin_running(self) -> None:
         """A model call of this task has begun."""

@@ -1,0 +1,157 @@
+"""The supervisor of a group: owns its prompts, and what they share.
+
+`group_block` enters and leaves it; `group.Group` is what plugins see of it.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import anyio
+
+from ..calls.clients import ClientPool
+from ..calls.tracing import is_traced
+from ..errors import GroupClosed, PromptCancelled
+from ..pace.throttle import get_throttle
+from .entry_gate import EntryGate
+from .group import Group
+from .stats import GroupStats
+from .supervisor import GRACE_SECONDS, Supervisor
+
+if TYPE_CHECKING:
+    from ..calls.choice import Choice
+    from ..pace.policy import ConcurrencyBounds
+    from ..responses.response import PromptResponse
+
+logger = logging.getLogger("datasette_llm")
+
+#: How many failed prompts a group remembers to say so if nobody reads them.
+FAILURES_KEPT = 1_000
+#: How many of those it logs one by one.
+FAILURES_LOGGED = 10
+
+
+class Stoppable(Protocol):
+    """A map that runs in a group."""
+
+    def stop(self) -> None: ...
+
+
+class GroupSupervisor(Supervisor):
+    """Owns the prompts of one group.
+
+    Attributes:
+        group: what hooks see of it.
+        slots: bound its model calls in flight.
+        clients: the HTTP clients that its prompts share.
+    """
+
+    def __init__(
+        self,
+        datasette: Any,
+        choice: Choice,
+        *,
+        concurrency: int | ConcurrencyBounds | None = None,
+        on_error: Literal["collect", "cancel"] = "collect",
+        grace_seconds: float = GRACE_SECONDS,
+    ) -> None:
+        super().__init__(grace_seconds=grace_seconds)
+        self.choice = choice
+        self.group: Group = Group(choice, self._stats)
+        self.gate = EntryGate()
+        throttle = get_throttle(choice.key, choice.model_id, choice.settings)
+        self.slots = throttle.slots(choice.settings.concurrency if concurrency is None else concurrency)
+        self.clients = ClientPool()
+        self.clients.adopt(choice.model, throttle.observe)
+        self.datasette = datasette
+        self._on_error = on_error
+        self._began = anyio.current_time()
+        self._elapsed: float | None = None
+        self._failed: list[PromptResponse] = []
+        self._errors: list[Exception] = []
+        self._maps: dict[Stoppable, None] = {}
+        self._traced = is_traced()
+
+    @property
+    def traced(self) -> bool:
+        return self._traced  # Asked once, not for each of a hundred thousand prompts.
+
+    def _stats(self) -> GroupStats:
+        counters = self.counters
+        elapsed = anyio.current_time() - self._began if self._elapsed is None else self._elapsed
+        ended = counters.succeeded + counters.failed + counters.cancelled
+        return GroupStats(
+            waiting=counters.waiting,
+            running=counters.running,
+            succeeded=counters.succeeded,
+            failed=counters.failed,
+            cancelled=counters.cancelled,
+            retries=counters.retries,
+            throttled_seconds=self.slots.throttled_seconds,
+            input_tokens=counters.input_tokens,
+            output_tokens=counters.output_tokens,
+            elapsed=elapsed,
+            prompts_per_second=ended / elapsed if elapsed > 0 else 0.0,
+            concurrency=self.slots.limit,
+        )
+
+    def check_open(self) -> None:
+        """Raise if no prompt can be asked of this group any more.
+
+        Raises:
+            GroupClosed: its block has been left.
+            PromptCancelled: it has been cancelled.
+        """
+        if self.group.closed:
+            raise GroupClosed("the group's block has been left; open another group for more prompts")
+        if self._cancelled:
+            raise PromptCancelled("the group has been cancelled")
+
+    def cancel(self) -> None:
+        super().cancel()
+        for running in list(self._maps):
+            running.stop()
+
+    def prompt_failed(self, error: Exception) -> None:
+        if self._on_error == "cancel" and not self._cancelled:
+            self._errors.append(error)
+            self.cancel()
+            if self._tasks is not None:
+                # The body is waiting for an answer that will not come.
+                self._tasks.cancel_scope.cancel()
+        elif self._on_error == "cancel":
+            self._errors.append(error)
+
+    def key_refused(self, error: Exception) -> None:
+        if self.refusal is None and not self.counters.succeeded:
+            logger.warning(
+                "The key for %s is refused: no more prompts of this group are sent to it",
+                self.choice.model_id,
+            )
+            self.refusal = error
+
+    def watch_failure(self, response: PromptResponse) -> None:
+        """Remember a failed response, to say at the end that nobody read it."""
+        if len(self._failed) >= FAILURES_KEPT:
+            self._failed = [kept for kept in self._failed if not kept._error_seen]
+        if len(self._failed) < FAILURES_KEPT:
+            self._failed.append(response)
+
+    def _log_unread_failures(self) -> None:
+        unread = [
+            response
+            for response in self._failed
+            # Those that the block is left with are not lost.
+            if not response._error_seen and response._error not in self._errors
+        ]
+        for response in unread[:FAILURES_LOGGED]:
+            error = response._error
+            logger.warning(
+                "A prompt to %s failed and nobody read it: %s: %s",
+                self.choice.model_id,
+                type(error).__name__,
+                error,
+            )
+        if len(unread) > FAILURES_LOGGED:
+            logger.warning("and %d more prompts that nobody read", len(unread) - FAILURES_LOGGED)

@@ -12,7 +12,7 @@ from datasette_llm import enrich
 from datasette_llm.backends.datasette_side import call
 from datasette_llm.enrich import EnrichError, EnrichInputError, database, plan
 from datasette_llm.enrich.reading import selection
-from datasette_llm.enrich.writing import writer
+from datasette_llm.enrich.writing import landing, writer
 
 from .enrich_tables import TableFile, fake_model
 
@@ -439,7 +439,7 @@ async def test_a_database_that_is_locked_for_a_while_gets_its_answers_then(make:
     other = sqlite3.connect(file.path, check_same_thread=False)
     other.execute("begin immediate")
     tries = 0
-    original = writer.Writer._transaction
+    original = landing.Landing.land
 
     def transaction(self: Any, batch: Any, conn: Any) -> Any:
         nonlocal tries
@@ -449,7 +449,7 @@ async def test_a_database_that_is_locked_for_a_while_gets_its_answers_then(make:
         return original(self, batch, conn)
 
     with fake_model(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer.Writer, "_transaction", transaction)
+        patch.setattr(landing.Landing, "land", transaction)
         report = await enrich(datasette, "data", "t", "{{ body }}", column="answer", model="fake")
     assert (report.written, tries) == (2, 3)
     other.close()

@@ -31,8 +31,9 @@ from .plan import make_plan
 from .reading.pages import count_rows, read_rows
 from .spacing import Spacing
 from .telling.report import EnrichReport
+from .writing.landing import Result
 from .writing.lock import only_job
-from .writing.writer import Result, Writer
+from .writing.writer import Writer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterator
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from .reading.selection import Row
     from .spec import JobSpec
     from .telling.report import EnrichProgress, StopReason
-    from .writing.writer import Outcome
+    from .writing.landing import Outcome
 
 logger = logging.getLogger(__name__)
 

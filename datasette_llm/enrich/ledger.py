@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .reading.table import SQLValue
     from .spec import JobSpec
     from .telling.report import EnrichReport, StopReason
-    from .writing.writer import Outcome
+    from .writing.landing import Outcome
 
 # So many failures with no success between them, and a job ends that has no limit of its own: the provider
 # is down, or a plugin's budget is spent and refuses answers that have been paid for.

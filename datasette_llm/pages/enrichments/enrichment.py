@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from ...enrich.reading.table import SQLValue, Table
     from ...enrich.telling.report import EnrichProgress, EnrichReport
-    from ...enrich.writing.writer import Outcome, Result
+    from ...enrich.writing.landing import Outcome, Result
     from .runs import Run
 
 #: How long prompts in flight may take to complete after a cancellation.

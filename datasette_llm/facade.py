@@ -66,6 +66,7 @@ class LLM:
         *,
         concurrency: int | None = None,
         on_error: Literal["collect", "cancel"] = "collect",
+        wait_for_quota: float = 0.0,
     ) -> AbstractAsyncContextManager[GroupModel]:
         """Return a context manager that owns all prompts of its model: ``async with llm.group() as model``.
 
@@ -75,12 +76,21 @@ class LLM:
             actor: as for `model`.
             concurrency: how many prompts may be in flight; else as configured.
             on_error: ``"collect"`` lets the other prompts go on when one fails, ``"cancel"`` does not.
+            wait_for_quota: how many seconds prompts wait for a quota that is used up to come back. By
+                default, and when it takes longer, all of them fail at once, as after any failure that
+                none of them can escape (no money, a wrong key, no such model): unsent.
         """
 
         async def choose() -> Choice:
             return await self._choose(model_id, purpose, actor)
 
-        return open_group(self.datasette, choose=choose, concurrency=concurrency, on_error=on_error)
+        return open_group(
+            self.datasette,
+            choose=choose,
+            concurrency=concurrency,
+            on_error=on_error,
+            wait_for_quota=wait_for_quota,
+        )
 
     async def get_key_for_model(
         self, model: Any, actor: dict[str, Any] | None = None, purpose: str | None = None

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from .calls.choice import Choice
     from .calls.clients import ClientPool
+    from .calls.standing import Refusal
     from .pace.throttle import Slots
     from .responses.response import PromptResponse
     from .tasks.conversation import Turn
@@ -268,8 +269,8 @@ class GroupModel(WrappedAsyncModel):
         self._supervisor: GroupSupervisor = supervisor
 
     @property
-    def refusal(self) -> Exception | None:
-        """What all further prompts of the group are refused with, once the provider refused its key."""
+    def refusal(self) -> Refusal | None:
+        """What further prompts of the group are refused with, once none can succeed."""
         return self._supervisor.refusal
 
     @property
@@ -321,6 +322,7 @@ async def open_group(
     *,
     concurrency: int | None = None,
     on_error: Literal["collect", "cancel"] = "collect",
+    wait_for_quota: float = 0.0,
 ) -> AsyncIterator[GroupModel]:
     """Open a group of prompts, as ``LLM.group()`` describes it.
 
@@ -329,6 +331,7 @@ async def open_group(
         choose: decides model, key and options; called once, on entry.
         concurrency: a fixed number of model calls at once; ``None`` takes what is configured.
         on_error: ``"cancel"`` has the first failed prompt cancel the others and leave the block.
+        wait_for_quota: seconds that a quota which is used up may take to come back.
     """
     if concurrency is not None and (isinstance(concurrency, bool) or not isinstance(concurrency, int)):
         raise TypeError(f"concurrency must be a positive int, not {type(concurrency).__name__}")
@@ -337,6 +340,8 @@ async def open_group(
     if on_error not in ("collect", "cancel"):
         raise ValueError(f"on_error must be 'collect' or 'cancel', not {on_error!r}")
     choice = await choose()
-    supervisor = GroupSupervisor(datasette, choice, concurrency=concurrency, on_error=on_error)
+    supervisor = GroupSupervisor(
+        datasette, choice, concurrency=concurrency, on_error=on_error, wait_for_quota=wait_for_quota
+    )
     async with GroupBlock(supervisor):
         yield GroupModel(datasette, choice, supervisor)

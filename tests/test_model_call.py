@@ -102,7 +102,7 @@ async def test_a_refused_key_is_not_tried_for_every_row(caplog: pytest.LogCaptur
     assert outcomes == [("refused with 401", 1)] * 5 + [("refused with 401", 0)] * 995
     assert fake.counts["opened"] == 5
     assert [record.message for record in caplog.records] == [
-        "The key for fake is refused: no more prompts of this group are sent to it"
+        "No more prompts are sent to fake: the provider refuses them all (key)"
     ]
 
 

@@ -19,19 +19,25 @@ import llm
 
 from datasette_llm._compat import BaseExceptionGroup
 
+from .refusals import is_about_one_request, recognise, text_of, wait_in_words
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-Kind = Literal["throttled", "transient", "permanent", "authentication"]
+    from .refusals import Reason
+
+Kind = Literal["throttled", "transient", "permanent", "hopeless"]
 
 #: Answers with which a provider says "not so fast": everybody's business, not only this prompt's.
 _THROTTLED = frozenset({429, 503, 529})
-_AUTHENTICATION = frozenset({401, 403})
 #: 408 and 409 are what the OpenAI and Anthropic clients retry themselves; 425 is "too early".
 _TRANSIENT = frozenset({408, 409, 425})
 
 #: Libraries whose transport errors are recognised by class name, since they need not be installed.
 _TRANSPORTS = frozenset({"httpx", "httpx2", "httpcore", "httpcore2", "aiohttp", "h11", "h2"})
+#: A wait that is asked for in words alone counts when it is as long as this. The throttle finds out shorter
+#: ones better than providers say them.
+LONG_WAIT_SECONDS = 60.0
 _NOT_TRANSIENT = frozenset({"UnsupportedProtocol", "LocalProtocolError", "InvalidURL"})
 _TRANSPORT_ERRORS = frozenset(
     {
@@ -52,14 +58,28 @@ class Failure:
     """What an exception means for a retry.
 
     Attributes:
-        kind: ``throttled`` and ``transient`` failures may be retried, the others never.
+        kind: ``throttled`` and ``transient`` failures may be retried, the others never; ``hopeless`` is
+            what no other prompt of the same model and key can escape now.
         retry_after: seconds the provider asked to wait, if it did.
         status: the HTTP status, if there was an answer.
+        reason: why it is hopeless.
     """
 
     kind: Kind
     retry_after: float | None = None
     status: int | None = None
+    reason: Reason | None = None
+
+    def within(self, seconds: float) -> Failure:
+        """Return what this means for prompts that may take so many seconds, waits included.
+
+        A rate limit that asks to wait longer is a quota that is used up; a server that is overloaded or
+        down for so long is something else.
+        """
+        overloaded = self.status is not None and self.status >= 500
+        if self.kind == "throttled" and not overloaded and (self.retry_after or 0.0) > seconds:
+            return Failure("hopeless", self.retry_after, self.status, "quota")
+        return self
 
 
 _PERMANENT = Failure("permanent")
@@ -69,17 +89,56 @@ def classify(exc: BaseException) -> Failure:
     """Say what a failed model call means, from the exception, its causes and a group's members.
 
     The first exception of the chain that tells something decides, the outermost first. Where none does,
-    the words of a ``llm.ModelError`` may.
+    the words of a ``llm.ModelError`` may. What no prompt can escape (``refusals``) is looked for in all of
+    them, where the provider has answered.
     """
     errors = list(_chain(exc))
+    failure = _classify_one_of(errors)
+    if failure.kind not in ("permanent", "throttled") or not _is_answer(failure, errors):
+        return failure
+    reason = recognise(errors, failure.status)
+    if reason is None:
+        if failure.kind == "throttled" and failure.retry_after is None:
+            wait = wait_in_words(text_of(errors))
+            if wait is not None and wait >= LONG_WAIT_SECONDS:
+                return Failure("throttled", wait, failure.status)
+        return failure
+    wait = failure.retry_after if failure.retry_after is not None else wait_in_words(text_of(errors))
+    if reason == "quota" and wait is not None:
+        # Whether that is too long is for whoever waits to say: a quota of the last 24 hours may be
+        # back in a second.
+        return Failure("throttled", wait, failure.status)
+    return Failure("hopeless", wait, failure.status, reason)
+
+
+def refusal_of(exc: BaseException) -> tuple[int | None, str] | None:
+    """Return the status and the words with which a provider refused a request.
+
+    Returns:
+        ``None`` if that was no refusal, or one that is about this request's own content or length.
+    """
+    errors = list(_chain(exc))
+    failure = _classify_one_of(errors)
+    if not _is_answer(failure, errors) or is_about_one_request(errors):
+        return None
+    return failure.status, str(exc)
+
+
+def _classify_one_of(errors: list[BaseException]) -> Failure:
     for error in errors:
         failure = _classify_one(error)
         if failure is not None:
             return failure
-    for error in errors:
-        if isinstance(error, llm.ModelError):
-            return _classify_words(str(error))
-    return _PERMANENT
+    by_words = (_classify_words(str(error)) for error in errors if isinstance(error, llm.ModelError))
+    return next((failure for failure in by_words if failure is not _PERMANENT), _PERMANENT)
+
+
+def _is_answer(failure: Failure, errors: list[BaseException]) -> bool:
+    """Whether a failure is something that a provider said."""
+    return failure.status is not None or any(
+        isinstance(error, llm.ModelError) or isinstance(getattr(error, "body", None), dict)
+        for error in errors
+    )
 
 
 def _chain(exc: BaseException) -> Iterator[BaseException]:
@@ -99,7 +158,7 @@ def _chain(exc: BaseException) -> Iterator[BaseException]:
 
 def _classify_one(error: BaseException) -> Failure | None:
     if isinstance(error, llm.NeedsKeyException):
-        return Failure("authentication")
+        return Failure("hopeless", reason="key")
     status = _status(error)
     if status is not None:
         return _classify_status(status, error)
@@ -139,25 +198,21 @@ _CODES: dict[str, Kind] = {
 }
 
 
-#: What Google's Gemini API says with the statuses 429, 503, 500, 504 and (wrong key) 400: llm-gemini passes
-#: on the words alone.
+#: What Google's Gemini API says with the statuses 429, 503, 500 and 504: llm-gemini passes on only the words.
 _WORDS: tuple[tuple[re.Pattern[str], Kind], ...] = (
     (
         re.compile(r"resource has been exhausted|exceeded your current quota|overloaded|high demand"),
         "throttled",
     ),
     (re.compile(r"internal error|service is currently unavailable|deadline expired"), "transient"),
-    (re.compile(r"api key not valid|api key expired"), "authentication"),
 )
-_RETRY_IN = re.compile(r"retry in (\d+(?:\.\d+)?) ?s")
 
 
 def _classify_words(text: str) -> Failure:
     text = text.lower()
     for words, kind in _WORDS:
         if words.search(text):
-            wait = _RETRY_IN.search(text)
-            return Failure(kind, float(wait.group(1)) if wait else None)
+            return Failure(kind, wait_in_words(text))
     return _PERMANENT
 
 
@@ -181,13 +236,11 @@ def _classify_status(status: int, error: BaseException) -> Failure:
     headers = _headers(error)
     wait = retry_after_seconds(headers) if headers is not None else None
     if status in _THROTTLED:
-        if status == 429 and _says_quota_is_used_up(error):
-            return Failure("permanent", status=status)
         return Failure("throttled", wait, status)
     if status >= 500 or status in _TRANSIENT:
         # 501 and 505 say that this server will never do what was asked.
         return Failure("permanent" if status in (501, 505) else "transient", wait, status)
-    return Failure("authentication" if status in _AUTHENTICATION else "permanent", status=status)
+    return Failure("permanent", status=status)
 
 
 def _status(error: BaseException) -> int | None:
@@ -205,11 +258,6 @@ def _status(error: BaseException) -> int | None:
 def _headers(error: BaseException) -> Mapping[str, str] | None:
     headers = getattr(getattr(error, "response", None), "headers", None) or getattr(error, "headers", None)
     return headers if hasattr(headers, "get") else None
-
-
-def _says_quota_is_used_up(error: BaseException) -> bool:
-    """OpenAI answers 429 also when the account has no money left: waiting does not help."""
-    return getattr(error, "code", None) == "insufficient_quota"
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from ..pace.throttle import Slots
     from ..responses.response import PromptResponse
     from .choice import Choice
+    from .failures import Failure
     from .retry import Attempt
+    from .standing import Refusal, Standing
 
 logger = logging.getLogger("datasette_llm")
 
@@ -43,14 +45,16 @@ class Caller(Protocol):
     @property
     def choice(self) -> Choice: ...
 
-    @property
-    def refusal(self) -> Exception | None: ...
+    def standing(self, key: str | None) -> Standing | None: ...
 
     def begin_attempt(self, response: llm.AsyncResponse) -> None: ...
 
     def count_retry(self) -> None: ...
 
-    def key_refused(self, error: Exception) -> None: ...
+
+def _everybodys(refusal: Refusal) -> Exception:
+    # Without its traceback, which would grow with every prompt.
+    return refusal.error.with_traceback(None)
 
 
 class ModelCall:
@@ -87,6 +91,16 @@ class ModelCall:
         Raises:
             Exception: the model's or the provider's own, of the last attempt.
         """
+        while True:
+            try:
+                return await self._call()
+            except Exception as error:
+                if not self._is_sat_out(error):
+                    raise
+            # What was waited for was no attempt's time.
+            self._started = None
+
+    async def _call(self) -> None:
         try:
             await self._attempt()
         except Exception as error:
@@ -119,6 +133,19 @@ class ModelCall:
             self._response._events = []
         return again
 
+    def _is_sat_out(self, error: Exception) -> bool:
+        """Whether a call may be made again when the quota that refused it is back."""
+        standing = self._standing()
+        if standing is None or not standing.waiting or self._response._was_streamed:
+            return False
+        again = self._classify(error).reason == "quota"
+        if again:
+            self._response._events = []
+        return again
+
+    def _classify(self, error: Exception) -> Failure:
+        return classify(error).within(self._settings.retries.timeout)
+
     def _count_retry(self) -> None:
         self._task.count_retry()
 
@@ -126,52 +153,60 @@ class ModelCall:
         response, slots = self._response, self._slots
         if response.attempts:
             response._restart(self._ask())
-        tokens = _estimated_tokens(response._observed) if slots.paced else 0
-        if slots.acquire_nowait(tokens):
-            started = slots.acquired_at
-        else:
-            if again is None:
-                await slots.acquire(tokens)
-            else:
-                with again.waiting():
-                    await slots.acquire(tokens, first=True)
-            started = slots.now()
+        standing = self._standing()
+        if standing is not None and standing.refusal is not None:
+            # No slot is waited for only to be given back.
+            self._task.begin_attempt(response._observed)
+            raise _everybodys(standing.refusal)
+        started = await self._acquire(again, standing)
         outcome = _CANCELLED
         if self._started is None:
             self._started = started
         try:
             self._task.begin_attempt(response._observed)
-            if self._task.refusal is not None:
-                self._check_refusal()
+            if standing is not None and standing.refusal is not None:
+                raise _everybodys(standing.refusal)
             response.attempts += 1
             if self._settings.timeout is None:
                 await self._drive()
             else:
                 await self._drive_in_time(self._settings.timeout)
             outcome = self._answered() if slots.paced else _OK
+            if standing is not None:
+                standing.answered()
         except Exception as error:
-            failure = classify(error)
-            if failure.kind == "authentication" and failure.status != 403:
-                # 403 may be about this one request: a model, a region, a content.
-                self._key_refused(error)
+            failure = self._classify(error)
+            if failure.kind == "hopeless" and standing is not None:
+                standing.refused(error, failure)
             kind = failure.kind if failure.kind in ("throttled", "transient") else "failed"
             outcome = Outcome(kind, retry_after=failure.retry_after)
             raise
         finally:
             slots.release(outcome, started)
 
-    def _check_refusal(self) -> None:
-        refusal = self._task.refusal
-        if refusal is not None and self._uses_chosen_key():
-            # Without its traceback, which would grow with every prompt.
-            raise refusal.with_traceback(None)
+    async def _acquire(self, again: Attempt | None, standing: Standing | None) -> float:
+        """Wait for a slot, and for a quota that is used up; return when the slot was taken."""
+        slots, observed = self._slots, self._response._observed
+        while True:
+            if standing is not None and standing.waiting:
+                await standing.wait()
+                again = None  # Its time was bounded before that.
+            tokens = _estimated_tokens(observed) if slots.paced else 0
+            if slots.acquire_nowait(tokens):
+                started = slots.acquired_at
+            else:
+                if again is None:
+                    await slots.acquire(tokens)
+                else:
+                    with again.waiting():
+                        await slots.acquire(tokens, first=True)
+                started = slots.now()
+            if standing is None or not standing.waiting:
+                return started
+            slots.release(_CANCELLED, started)
 
-    def _key_refused(self, error: Exception) -> None:
-        if self._uses_chosen_key():
-            self._task.key_refused(error)
-
-    def _uses_chosen_key(self) -> bool:
-        return self._response._observed._key == self._task.choice.key
+    def _standing(self) -> Standing | None:
+        return self._task.standing(self._response._observed._key)
 
     def _answered(self) -> Outcome:
         return Outcome("ok", tokens=_used_tokens(self._response._observed))

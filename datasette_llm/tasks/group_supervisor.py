@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import anyio
 
 from ..calls.clients import ClientPool
+from ..calls.standing import Standing
 from ..calls.tracing import is_traced
 from ..errors import GroupClosed, PromptCancelled
 from ..pace.throttle import get_throttle
@@ -21,6 +22,7 @@ from .supervisor import GRACE_SECONDS, Supervisor
 
 if TYPE_CHECKING:
     from ..calls.choice import Choice
+    from ..calls.standing import Refusal
     from ..pace.policy import ConcurrencyBounds
     from ..responses.response import PromptResponse
 
@@ -55,6 +57,7 @@ class GroupSupervisor(Supervisor):
         concurrency: int | ConcurrencyBounds | None = None,
         on_error: Literal["collect", "cancel"] = "collect",
         grace_seconds: float = GRACE_SECONDS,
+        wait_for_quota: float = 0.0,
     ) -> None:
         super().__init__(grace_seconds=grace_seconds)
         self.choice = choice
@@ -72,6 +75,8 @@ class GroupSupervisor(Supervisor):
         self._errors: list[Exception] = []
         self._maps: dict[Stoppable, None] = {}
         self._traced = is_traced()
+        self._wait_for_quota = wait_for_quota
+        self._standings: dict[str | None, Standing] = {}
 
     @property
     def traced(self) -> bool:
@@ -94,7 +99,13 @@ class GroupSupervisor(Supervisor):
             elapsed=elapsed,
             prompts_per_second=ended / elapsed if elapsed > 0 else 0.0,
             concurrency=self.slots.limit,
+            quota_seconds=self._quota_seconds(),
         )
+
+    def _quota_seconds(self) -> float | None:
+        now = anyio.current_time()
+        waits = [standing.until - now for standing in self._standings.values() if standing.waiting]
+        return max(waits, default=None)
 
     def check_open(self) -> None:
         """Raise if no prompt can be asked of this group any more.
@@ -123,13 +134,18 @@ class GroupSupervisor(Supervisor):
         elif self._on_error == "cancel":
             self._errors.append(error)
 
-    def key_refused(self, error: Exception) -> None:
-        if self.refusal is None and not self.counters.succeeded:
-            logger.warning(
-                "The key for %s is refused: no more prompts of this group are sent to it",
-                self.choice.model_id,
-            )
-            self.refusal = error
+    def standing(self, key: str | None) -> Standing:
+        """Return how prompts with this key stand; most groups have one key."""
+        standing = self._standings.get(key)
+        if standing is None:
+            standing = self._standings[key] = Standing(self.choice.model_id, self._wait_for_quota)
+        return standing
+
+    @property
+    def refusal(self) -> Refusal | None:
+        """What further prompts are refused with, once no prompt can succeed."""
+        refusals = (standing.refusal for standing in self._standings.values())
+        return next((refusal for refusal in refusals if refusal is not None), None)
 
     def watch_failure(self, response: PromptResponse) -> None:
         """Remember a failed response, to say at the end that nobody read it."""

@@ -22,6 +22,7 @@ class GroupStats:
         elapsed: seconds since the group began, up to its end.
         prompts_per_second: prompts that ended, per second of ``elapsed``.
         concurrency: how many model calls may run at once now.
+        quota_seconds: how long a quota that is used up is still sat out, or ``None``.
     """
 
     waiting: int
@@ -36,3 +37,4 @@ class GroupStats:
     elapsed: float
     prompts_per_second: float
     concurrency: int
+    quota_seconds: float | None = None

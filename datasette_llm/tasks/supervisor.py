@@ -16,6 +16,7 @@ from ..calls.tracing import is_traced
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
+    from ..calls.standing import Standing
     from ..responses.response import PromptResponse
     from .entry_gate import EntryGate
     from .group import Group
@@ -63,8 +64,6 @@ class Supervisor:
         grace_seconds: how long a cancelled prompt's wrappers may take to settle.
         group: what hooks see of the group whose prompts these are, or ``None``.
         gate: lets the first prompt of a group enter its wrappers alone.
-        refusal: the provider's error, once it has refused the key of all these prompts: it is then
-            everybody's error, and no more calls are made.
     """
 
     group: Group | None = None
@@ -73,7 +72,6 @@ class Supervisor:
     def __init__(self, *, grace_seconds: float = GRACE_SECONDS) -> None:
         self.counters = Counters()
         self.grace_seconds = grace_seconds
-        self.refusal: Exception | None = None
         self._tasks: TaskGroup | None = None
         self._backend = backend()
         self._door = LoopDoor()
@@ -104,8 +102,9 @@ class Supervisor:
             # It has ended meanwhile.
             task.never_ran()
 
-    def key_refused(self, error: Exception) -> None:
-        """Called when the provider refused a key. Prompts of different keys may have this owner."""
+    def standing(self, key: str | None) -> Standing | None:
+        """Return what the provider's refusals of a key mean for these prompts: nothing, by default."""
+        return None
 
     def adopt(self, task: Child) -> None:
         """Count a task as live that its caller is about to run inside this supervisor's tasks."""

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
     from ..calls.choice import Choice
+    from ..calls.standing import Standing
     from .conversation import Turn
     from .hook_scope import Wrapper
     from .supervisor import Supervisor
@@ -364,14 +365,9 @@ class SupervisedTask:
         """The model is about to be called again for the same answer."""
         self.supervisor.counters.retries += 1
 
-    @property
-    def refusal(self) -> Exception | None:
-        """What its owner's prompts are refused with, if they all are."""
-        return self.supervisor.refusal
-
-    def key_refused(self, error: Exception) -> None:
-        """The provider refused the key of a model call."""
-        self.supervisor.key_refused(error)
+    def standing(self, key: str | None) -> Standing | None:
+        """What the provider's refusals of a key mean for this task."""
+        return self.supervisor.standing(key)
 
     def begin_running(self) -> None:
         """A model call of this task has begun."""

@@ -9,7 +9,7 @@ import llm
 from .access.keys import KeyRing
 from .access.permissions import Plan, authorize, filter_by_hooks, get_plan, resolve_model_id
 from .calls.choice import Choice
-from .calls.loading import load_in_thread
+from .calls.loading import import_model_plugins, load_in_thread
 from .models import WrappedAsyncModel, open_group
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class LLM:
         self, actor: dict[str, Any] | None = None, purpose: str | None = None
     ) -> list[AnyAsyncModel]:
         """Return llm's model objects that this actor may use for this purpose, the default first."""
+        await import_model_plugins()
         plan = get_plan(self.datasette, purpose)
         ids = await filter_by_hooks(self.datasette, plan, purpose, actor)
         models = [plan.snapshot.get(model_id) for model_id in ids]
@@ -116,6 +117,7 @@ class LLM:
     async def _choose(
         self, model_id: str | None, purpose: str | None, actor: dict[str, Any] | None
     ) -> Choice:
+        await import_model_plugins()
         plan = get_plan(self.datasette, purpose)
         chosen = await resolve_model_id(self.datasette, plan, model_id, purpose, actor)
         model = await authorize(self.datasette, plan, chosen, purpose, actor)

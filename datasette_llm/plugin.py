@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -15,21 +14,23 @@ if TYPE_CHECKING:
     from datasette.app import Datasette
 
 hookimpl = HookimplMarker("datasette")
-logger = logging.getLogger("datasette_llm")
+PLUGIN_NAME = "datasette-llm"
 
 plugin_manager()  # From here on Datasette knows the hooks, before any plugin's implementation is called.
 
 
 @hookimpl
 def startup(datasette: Datasette) -> None:
-    """Stop on a wrong configuration; warn of one that cannot mean what it says; load what prompts need."""
-    from .access.checks import check_configuration, default_models
-    from .calls.loading import load_now
+    """Stop on a wrong configuration; what is less urgent is done when the server is up."""
+    if datasette.plugin_config(PLUGIN_NAME) is None:
+        return
+    from .access.starting import check_now, prepare, warn
 
-    for problem in check_configuration(datasette):
-        logger.warning("%s", problem)
-    for model in default_models(datasette):
-        load_now(model)
+    check_now(datasette)
+    if hasattr(datasette, "add_background_task"):  # Datasette 1.0a40 and later
+        datasette.add_background_task(prepare, name="datasette-llm: prepare for prompts")
+    else:
+        warn(datasette)
 
 
 @hookimpl(optionalhook=True)  # Datasette 1.0a40 and later

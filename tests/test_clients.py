@@ -19,7 +19,8 @@ from anyio.abc import SocketAttribute
 from datasette.app import Datasette
 from llm.default_plugins.openai_models import AsyncChat, AsyncResponses
 
-from datasette_llm import LLM, plugin
+from datasette_llm import LLM
+from datasette_llm.access import starting
 from datasette_llm.calls import clients as clients_module
 from datasette_llm.calls import loading
 from datasette_llm.calls.clients import ClientPool
@@ -362,11 +363,12 @@ async def test_what_the_first_client_takes_is_loaded_in_a_thread(monkeypatch: py
         ({}, 0),
     ],
 )
-async def test_a_starting_datasette_loads_it_for_its_default_models(
+async def test_a_server_that_is_up_loads_it_for_its_default_models(
     config: dict[str, Any], loads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads = threads_that_load(monkeypatch)
-    plugin.startup(Datasette(memory=True, config={"plugins": {"datasette-llm": config}}))
+    monkeypatch.setattr(starting, "QUIET_SECONDS", 0)
+    await starting.prepare(Datasette(memory=True, config={"plugins": {"datasette-llm": config}}))
     assert len(threads) == loads
 
 

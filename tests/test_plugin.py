@@ -14,6 +14,7 @@ from datasette.plugins import pm
 from datasette.utils import StartupError
 
 from datasette_llm import Purpose, get_purposes
+from datasette_llm.access import starting
 from datasette_llm.backends import datasette_side
 from datasette_llm.hookspecs import plugin_manager
 from datasette_llm.plugin import register_llm_purposes
@@ -104,9 +105,12 @@ async def test_startup_stops_on_a_mistake(config: Any, message: str) -> None:
         ),
     ],
 )
-async def test_startup_warns(config: Any, warnings: list[str], caplog: pytest.LogCaptureFixture) -> None:
+async def test_what_has_no_effect_is_warned_of_when_a_server_is_up(
+    config: Any, warnings: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(starting, "QUIET_SECONDS", 0)
     with registered(FakeModel()):
-        await start(config)
+        await starting.prepare(datasette_with(config))
     said = [
         r.getMessage() for r in caplog.records if r.name == "datasette_llm" and r.levelno == logging.WARNING
     ]

@@ -17,14 +17,8 @@ if TYPE_CHECKING:
     from .catalog import AnyAsyncModel
 
 
-def check_configuration(datasette: Datasette) -> list[str]:
-    """Return a sentence for everything in the configuration that can't have its effect here.
-
-    Raises:
-        StartupError: the configuration is wrong, whatever is installed.
-    """
-    get_settings(datasette)
-    _check_options(datasette)
+def problems(datasette: Datasette) -> list[str]:
+    """Return a sentence for everything in the configuration that can't have its effect here."""
     return [*_unknown_models(datasette), *_unavailable_defaults(datasette)]
 
 
@@ -36,8 +30,12 @@ def default_models(datasette: Datasette) -> list[AnyAsyncModel]:
     return [snapshot.for_hooks[model_id] for model_id in ids if model_id is not None]
 
 
-def _check_options(datasette: Datasette) -> None:
-    """Refuse options that a model would refuse at every single prompt."""
+def check_options(datasette: Datasette) -> None:
+    """Refuse options that a model would refuse at every single prompt.
+
+    Raises:
+        StartupError: naming each of them with its path.
+    """
     snapshot, mistakes = get_snapshot(), []
     for path, reference in get_settings(datasette).references():
         model = snapshot.for_hooks.get(snapshot.resolve(reference.model) or "")

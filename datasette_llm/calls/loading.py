@@ -1,30 +1,51 @@
-"""What the first prompt of a process would have to load: anyio's backend, openai's modules, certificates.
+"""What the first prompt of a process has to load: llm's model plugins, openai's modules, certificates.
 
-That takes 0.4 seconds, in which an event loop answers no page. So it is done while Datasette starts, for
-the models that are the defaults there, and else in a worker thread.
+That takes half a second, in which an event loop would answer no page. So it is done in a worker thread.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
+from importlib import import_module
+from importlib.metadata import entry_points
 from typing import Any
 
-import anyio
 import anyio.to_thread
 
 from .clients import http_library, makes_openai_clients, shared_ssl_context
 
+logger = logging.getLogger("datasette_llm")
+
+#: Of llm itself; whoever has listed models has imported it.
+_FIRST_PLUGIN = "llm.default_plugins.openai_models"
 _loaded = False
 
 
-def load_now(model: Any) -> None:
-    """Load what the prompts to a model need; for the time when nothing is served yet."""
-    anyio.current_time()  # anyio loads its backend when it is first asked for something.
-    if not _loaded and makes_openai_clients(model):
-        _load()
+async def import_model_plugins() -> None:
+    """Import the modules of llm's plugins without keeping the event loop from its work.
+
+    llm registers them afterwards, from these modules, when it is first asked for a model.
+    """
+    if _FIRST_PLUGIN not in sys.modules:
+        await anyio.to_thread.run_sync(_import_model_plugins)
+
+
+def _import_model_plugins() -> None:
+    import_module(_FIRST_PLUGIN)
+    if os.environ.get("LLM_LOAD_PLUGINS") is not None:
+        return  # llm is told not to load what is installed.
+    for entry_point in entry_points(group="llm"):
+        try:
+            entry_point.load()
+        except Exception as error:
+            # llm says more about it when it loads the plugin itself.
+            logger.debug("The llm plugin %s cannot be imported: %r", entry_point.name, error)
 
 
 async def load_in_thread(model: Any) -> None:
-    """Load the same without keeping the event loop from its work."""
+    """Load what prompts to a model need without keeping the event loop from its work."""
     if not _loaded and makes_openai_clients(model):
         await anyio.to_thread.run_sync(_load)
 

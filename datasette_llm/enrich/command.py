@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from datasette_llm._compat import BaseExceptionGroup
+from datasette_llm.access.starting import warn
 from datasette_llm.backends.datasette_side import call, open_side
 
 from .database import recover
@@ -51,6 +52,8 @@ async def started_datasette(make: Callable[[], Any]) -> AsyncIterator[Any]:
                 if database.path is not None and database.is_mutable:
                     await recover(database)
             await call(datasette.invoke_startup)
+            if hasattr(datasette, "add_background_task"):  # That of our own startup runs in servers.
+                await call(warn, datasette)
             yield datasette
         finally:
             with anyio.move_on_after(CLOSE_SECONDS, shield=True):

@@ -11,7 +11,10 @@ import sys
 
 from ...hookspecs import plugin_manager
 
-__all__ = ["PURPOSE", "is_possible"]
+__all__ = ["PURPOSE", "SLUG", "is_possible"]
+
+#: What our enrichment is called in addresses and in the tables of datasette-enrichments.
+SLUG = "prompt-rows"
 
 #: What the prompts are for, as configuration and hooks know it: the command's, so that they share it.
 PURPOSE = "enrichments"

@@ -30,7 +30,7 @@ from ...enrich.reading.table import read_table
 from ...enrich.spec import NamedRows
 from ...errors import ModelNotFoundError
 from ...facade import LLM
-from . import PURPOSE
+from . import PURPOSE, SLUG
 from .form import make_form, spec_fields
 from .runs import current_run, new_run
 from .visitor import current_visitor
@@ -58,7 +58,7 @@ SHOWN_CHARACTERS = 300
 class PromptEnrichment(Enrichment):  # type: ignore[misc]  # datasette-enrichments ships no types
     """Fills columns of a table with a model's answers to a prompt per row."""
 
-    slug = "prompt-rows"
+    slug = SLUG
     name = "Prompt a language model about each row"
     description = "Fill one or more columns with a model's answers to a prompt made from the row"
     runs_in_process = True

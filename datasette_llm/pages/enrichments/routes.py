@@ -7,6 +7,7 @@ cancel a job of it, by whatever address. ``alter-table`` is needed to have colum
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 from datasette.resources import DatabaseResource
@@ -14,12 +15,13 @@ from datasette.utils import tilde_decode
 from datasette.utils.asgi import Forbidden
 from datasette_enrichments import views
 
-from .enrichment import PromptEnrichment
+from . import SLUG
 from .visitor import current_visitor, find_visitor, visited_by
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from .enrichment import PromptEnrichment
     from .visitor import Visitor
 
 _TABLE = r"^/-/enrich/(?P<database>[^/]+)/(?P<table>[^/]+)"
@@ -32,19 +34,25 @@ _JOB_VIEWS: dict[str, Callable[[Any, Any], Awaitable[Any]]] = {
     "/cancel": views.cancel_job_view,
 }
 
-_enrichment = PromptEnrichment()
+
+@functools.cache
+def _enrichment() -> PromptEnrichment:
+    # Imported when somebody opens a page about it: routes are asked for at the start of every server.
+    from .enrichment import PromptEnrichment
+
+    return PromptEnrichment()
 
 
 def enrichments() -> list[PromptEnrichment]:
     """Return what there is to offer to the current visitor."""
-    return [_enrichment] if current_visitor().may_edit else []
+    return [_enrichment()] if current_visitor().may_edit else []
 
 
 def routes() -> list[tuple[str, Callable[..., Awaitable[Any]]]]:
     """Return the routes that must come before datasette-enrichments' own."""
     pages: list[tuple[str, Callable[..., Awaitable[Any]]]] = [
         (_TABLE + "$", _picker),
-        (f"{_TABLE}/(?P<enrichment>{_enrichment.slug})$", _form),
+        (f"{_TABLE}/(?P<enrichment>{SLUG})$", _form),
     ]
     return pages + [(_JOB + action + "$", _job_page(view)) for action, view in _JOB_VIEWS.items()]
 
@@ -82,7 +90,7 @@ async def _table_of_job(datasette: Any, request: Any) -> str | None:
     if not await db.table_exists("_enrichment_jobs"):
         return None
     sql = "select table_name from _enrichment_jobs where id = ? and enrichment = ?"
-    found = (await db.execute(sql, [request.url_vars["job_id"], _enrichment.slug])).first()
+    found = (await db.execute(sql, [request.url_vars["job_id"], SLUG])).first()
     return found[0] if found else None
 
 

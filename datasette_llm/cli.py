@@ -101,6 +101,8 @@ def llm_group() -> None:
 @click.option("--dry-run", is_flag=True, help="Count the rows, show the first three prompts; send nothing.")
 @click.option("--overwrite", is_flag=True, help="Also ask about rows that have a value, and replace it.")
 @click.option("--retry-failed", is_flag=True, help="Only ask about rows that failed before.")
+@click.option("--allow-cut", is_flag=True, help="Also write answers that ran out of tokens.")
+@click.option("--allow-empty", is_flag=True, help="Also write text answers that are empty.")
 @click.option(
     "--purpose", default=_PURPOSE, show_default=True, help="What the prompts are for, as configured."
 )
@@ -162,6 +164,11 @@ def enrich_command(
     _llm_enrich_errors and do not stop the others. They still have no value, so the next run tries
     them again; --retry-failed tries only them. An answer to a row that was deleted, or whose text
     was edited meanwhile, is dropped.
+
+    Only whole answers are written. A row fails whose answer was cut off, filtered, refused or empty,
+    or does not fit the schema; the summary says how many of each, and what to do. Reasoning
+    (<think>...</think>) and white space around an answer are left out. A row whose prompt is empty,
+    because its column is, is skipped: nothing is sent, and nothing is wrong.
 
     Ctrl-C stops: prompts in flight get a few seconds, what was answered is written, and the command
     to go on with is shown. A second Ctrl-C stops at once.

@@ -84,7 +84,7 @@ def test_failed_rows_exit_1_with_counts_and_a_way_on(file: TableFile) -> None:
         result = run_enrich(file, "--column", "answer", "--key", "sk-secret-1", "--deadline", "1h30m")
     assert result.exit_code == 1
     assert "2 rows failed" in result.stdout
-    assert "2 x ValueError, for instance row 2: bad luck" in result.stdout
+    assert "2 x error (ValueError), for instance row 2: bad luck" in result.stdout
     assert "--deadline 5400s" in result.stdout
     assert "--key YOUR_KEY" in result.stdout
     assert "sk-secret-1" not in result.output

@@ -8,7 +8,8 @@ import os
 import pytest
 
 from datasette_llm.enrich.telling.display import Bar, Lines, Silence, line, open_display
-from datasette_llm.enrich.telling.report import EnrichProgress, duration
+from datasette_llm.enrich.telling.report import EnrichProgress
+from datasette_llm.enrich.telling.words import duration
 
 
 class Terminal(io.StringIO):

@@ -221,10 +221,12 @@ async def test_max_failures_stops_a_job_that_can_only_fail(file: TableFile) -> N
     assert 3 <= report.failed < 10
     assert len(model.prompts) == report.failed
     kinds = {failure.kind: failure for failure in report.failures}
+    assert set(kinds) == {"error"}
+    kinds = {failure.exception: failure for failure in report.failures}
     assert kinds["ValueError"].pk == (1,)
     assert kinds["RuntimeError"].example == "wrong key *** for you"
     assert "sk-12345" not in str(file.run("select error from _llm_enrich_errors"))
-    assert "x RuntimeError, for instance row 2" in report.summary()
+    assert "x error (RuntimeError), for instance row 2" in report.summary()
 
 
 async def test_failures_in_a_row_stop_a_job_without_a_limit(
@@ -404,12 +406,12 @@ async def test_a_model_without_schemas_is_refused_before_anything_is_sent(file: 
 
 
 async def test_rows_that_cannot_be_rendered_are_recorded_and_the_others_go_on(file: TableFile) -> None:
-    file.run("update t set body = null where id = 2")
+    file.run("update t set body = x'ff' where id = 2")
     with fake_model():
         report = await file.enrich("t", "{{ body }}", column="answer")
     assert (report.written, report.failed) == (9, 1)
     assert file.run("select pk, attempts, error from _llm_enrich_errors") == [
-        (2, 0, "row: the prompt is empty for this row, so there is nothing to send")
+        (2, 0, "cannot be rendered: the prompt shows a blob that is not text (1 byte)")
     ]
 
 

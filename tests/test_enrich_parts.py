@@ -58,7 +58,7 @@ def test_outputs_that_clash_or_say_nothing() -> None:
     with pytest.raises(ValueError, match="no value for any column"):
         outputs.parse('{"a": null}')
     outputs = Outputs(TABLE, None, {"properties": {"a": {"type": "integer"}}})
-    with pytest.raises(ValueError, match="SQLite cannot hold"):
+    with pytest.raises(ValueError, match="too large for SQLite"):
         outputs.parse('{"a": 99999999999999999999}')
 
 
@@ -95,12 +95,14 @@ def test_a_long_report_is_kept_readable() -> None:
 
 @pytest.mark.real_clock
 async def test_a_dry_run_says_which_of_the_first_rows_would_fail(tmp_path: Path) -> None:
-    file = TableFile(tmp_path, "create table t (body)", "insert into t values (null)")
+    file = TableFile(tmp_path, "create table t (body)", "insert into t values (null), (x'ff')")
     with fake_model():
         report = await file.enrich("t", "{{ body }}", column="answer", dry_run=True)
     assert report.prompts == [
-        "(row 1 would fail: the prompt is empty for this row, so there is nothing to send)"
+        "(row 1 would be skipped: nothing to ask)",
+        "(row 2 would fail: the prompt shows a blob that is not text (1 byte))",
     ]
+    assert "Of the 2 rows shown, 1 would be skipped: nothing to ask." in report.summary()
     file.close()
 
 
@@ -264,7 +266,7 @@ async def test_the_first_signal_stops_the_job(number: signal.Signals, tmp_path: 
         report = await run_job(file.datasette, spec, Notes(sys.stderr))
     assert report.stopped == number.name
     assert 6 <= report.written < 50
-    assert "prompts in flight" in notes[0]
+    assert " in flight, then the last answers" in notes[0]
 
 
 def test_where_no_lock_can_be_had_the_job_is_warned(

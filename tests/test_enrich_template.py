@@ -97,7 +97,6 @@ def test_leaving_the_sandbox_while_rendering_is_the_jobs_error(source: str) -> N
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{{ notes }}", "empty for this row"),
         ("{{ name + 1 }}", "TypeError"),
         ("{{ name.nothing }}", "UndefinedError"),
         ("{{ 1 // 0 }}", "ZeroDivisionError"),
@@ -106,6 +105,11 @@ def test_leaving_the_sandbox_while_rendering_is_the_jobs_error(source: str) -> N
 def test_what_fails_on_one_row_is_that_rows_error(source: str, message: str) -> None:
     with pytest.raises(RowError, match=message):
         PromptTemplate(source, COLUMNS).render(ROW)
+
+
+def test_a_prompt_of_nothing_but_white_space_is_empty() -> None:
+    assert PromptTemplate("{{ notes }}", COLUMNS).render(ROW) == ""
+    assert PromptTemplate(" {{ notes }}\n", COLUMNS).render({"notes": " \t"}) == ""
 
 
 def test_a_blob_that_is_not_text_is_that_rows_error() -> None:

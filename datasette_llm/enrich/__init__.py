@@ -46,6 +46,8 @@ async def enrich(
     overwrite: bool = False,
     retry_failed: bool = False,
     dry_run: bool = False,
+    allow_cut: bool = False,
+    allow_empty: bool = False,
     max_failures: int | None = None,
     max_tokens_total: int | None = None,
     deadline: float | None = None,
@@ -57,8 +59,9 @@ async def enrich(
     Calling it again goes on where it stopped, however that was: answers are written as they arrive
     (fifty rows or half a second to a transaction) and a row with a value is never asked about again.
     A row that fails is recorded in ``_llm_enrich_errors`` and does not stop the others; it still has
-    no value, so the next run tries it again. After cancellation everything that was answered is
-    written.
+    no value, so the next run tries it again. An answer that is not whole (cut off, filtered, refused)
+    or empty is a failure too; a row whose prompt renders to nothing is skipped. After cancellation
+    everything that was answered is written.
 
     Args:
         datasette: the Datasette that has the database.
@@ -79,6 +82,8 @@ async def enrich(
         overwrite: also ask about rows that have a value, and replace it.
         retry_failed: only ask about rows that are recorded as failed.
         dry_run: count, render the first prompts, send and write nothing.
+        allow_cut: write answers that ran out of tokens, too.
+        allow_empty: write text answers that are empty, too.
         max_failures: stop when so many rows have failed; else when a hundred prompts in a row have.
         max_tokens_total: stop when about so many tokens, in and out, are spent.
         deadline: stop after so many seconds; prompts in flight are still completed.
@@ -111,6 +116,8 @@ async def enrich(
         overwrite=overwrite,
         retry_failed=retry_failed,
         dry_run=dry_run,
+        allow_cut=allow_cut,
+        allow_empty=allow_empty,
         max_failures=max_failures,
         max_tokens_total=max_tokens_total,
         deadline=deadline,

@@ -23,6 +23,7 @@ from datasette_llm.backends.datasette_side import call, open_side
 
 from .database import recover
 from .job import EnrichJob, raise_bare
+from .telling.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -94,8 +95,8 @@ async def _obey_signals(job: EnrichJob, display: Display, *, task_status: anyio.
             job.stop("SIGINT" if number == signal.SIGINT else "SIGTERM", grace_seconds=GRACE_SECONDS)
             running = job.in_flight
             display.note(
-                f"Stopping: up to {GRACE_SECONDS:.0f} s for {running:,} prompts in flight, then the last "
-                "answers are written. Once more to stop at once."
+                f"Stopping: up to {GRACE_SECONDS:.0f} s for {counted(running, 'prompt')} in flight, then the "
+                "last answers are written. Once more to stop at once."
             )
 
 
@@ -110,8 +111,8 @@ def go_on(report: EnrichReport, arguments: Sequence[str], options: Sequence[tupl
     """Return the command that goes on where a stopped job ended."""
     words = ["datasette", "llm", "enrich", *arguments]
     for name, value in options:
-        if name == "--where" and report.resume_where is not None:
-            continue
+        if name == "--limit" or (name == "--where" and report.resume_where is not None):
+            continue  # What is left is more than a run was to do.
         words += [name] if value is None else [name, value]
     if report.resume_where is not None:
         words += ["--where", report.resume_where]

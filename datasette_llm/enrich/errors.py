@@ -16,4 +16,27 @@ class AlreadyRunning(EnrichError):
 
 
 class RowError(ValueError):
-    """One row's prompt or answer is no good; the other rows are not concerned."""
+    """One row's prompt is no good; the other rows are not concerned.
+
+    Attributes:
+        kind: what happened, in a word or two: failures are counted by it.
+    """
+
+    kind = "cannot be rendered"
+
+
+class AnswerError(RowError):
+    """A row got an answer that is not written: it is not whole, says nothing, or fits nowhere."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def concerns_one_row(error: Exception) -> bool:
+    """Say whether a failure tells nothing about the next row.
+
+    A hundred answers of which none is any good have been paid for: that is the doing of the model, its
+    options or the schema.
+    """
+    return isinstance(error, RowError) and not isinstance(error, AnswerError)

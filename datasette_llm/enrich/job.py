@@ -30,9 +30,12 @@ from .ledger import Ledger
 from .plan import make_plan
 from .reading.pages import count_rows, read_rows
 from .spacing import Spacing
+from .telling.kinds import kind_of
 from .telling.report import EnrichReport
+from .writing.answers import check_finish
 from .writing.landing import Result
 from .writing.lock import only_job
+from .writing.skipped import Forgetter
 from .writing.writer import Writer
 
 if TYPE_CHECKING:
@@ -182,7 +185,9 @@ class EnrichJob:
         keywords = self._spec.prompt_keywords(plan.schema)
         async for item, response in model.map(work, _prompt_of, **keywords):
             try:
-                values = plan.outputs.parse(await response.text())
+                text = await response.text()
+                check_finish(response, text, allow_cut=self._spec.allow_cut)
+                values = plan.outputs.parse(text)
             except PromptCancelled:
                 continue  # Neither answered nor failed: the row is for the next run.
             except Exception as error:
@@ -198,23 +203,29 @@ class EnrichJob:
 
     async def _work(self, model: Any, plan: Plan, writer: Writer) -> AsyncGenerator[_Work, None]:
         """Yield the prompts until the rows, or the reasons to go on, run out."""
-        ledger = self._ledger
+        ledger, forgetter = self._ledger, Forgetter(plan)
         async with aclosing(read_rows(plan.database, plan.source)) as rows:
             async for row in rows:
                 if ledger.is_over():
-                    return
-                ledger.pull(row)
+                    break
                 try:
                     prompt = plan.template.render(row.values)
                 except RowError as error:
+                    ledger.pull(row)
                     ledger.answer(error)
                     await writer.add(self._failure(row, error, attempts=0))
+                    continue
+                if not prompt:
+                    ledger.skip(row)
+                    await forgetter.add(row.key)
                 else:
+                    ledger.pull(row)
                     now = anyio.current_time()
                     wait = self._spacing.wait(now, model.stats.concurrency)
                     if wait:
                         await anyio.sleep(wait)
                     yield _Work(row, prompt, now + wait)
+        await forgetter.flush()
 
     def _settle(self, report: EnrichReport, outcome: Outcome) -> None:
         self._ledger.settle(report, outcome)
@@ -223,17 +234,15 @@ class EnrichJob:
 
     def _failure(self, row: Row, error: Exception, *, attempts: int) -> Result:
         ledger = self._ledger
-        return Result(row, None, error, ledger.kind_of(error), ledger.message_of(error), attempts)
+        return Result(row, None, error, kind_of(error), ledger.message_of(error), attempts)
 
     async def _keep_counting(self, plan: Plan, report: EnrichReport) -> None:
-        done = report.done
+        ledger, done = self._ledger, report.done
         try:
-            total = done + await count_rows(plan.database, plan.source)
+            ledger.counted = done + await count_rows(plan.database, plan.source)
         except EnrichError as error:
             # A total is not worth a job: what it cannot do without, its reader and writer find out.
             logger.warning("The rows to do cannot be counted: %s", error)
-        else:
-            report.total = total if self._spec.limit is None else min(total, self._spec.limit)
 
     async def _count_rest(self, plan: Plan, report: EnrichReport) -> None:
         """Complete the report's totals, exactly."""
@@ -245,11 +254,15 @@ class EnrichJob:
             report.resume_where = self._ledger.resume_where(plan.rows)
         else:
             with anyio.move_on_after(RECOUNT_SECONDS):
-                report.remaining = await count_rows(plan.database, plan.source)
+                counted = await count_rows(plan.database, plan.source)
+                # Rows that were skipped have no value either; their records are gone.
+                skipped = 0 if self._spec.retry_failed else report.skipped
+                report.remaining = max(0, counted - skipped)
 
     async def _keep_reporting(self, report: EnrichReport) -> None:
         while True:
             await anyio.sleep(PROGRESS_SECONDS)
+            self._ledger.count(report)
             self._ledger.update_progress(report)
             await self._report_progress()
 

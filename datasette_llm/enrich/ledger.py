@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from .errors import RowError
+from .errors import concerns_one_row
+from .telling.kinds import OTHER, group_of
 from .telling.report import EnrichProgress, FailureKind
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class Ledger:
         stopping: why no more rows are pulled, if that is so.
         cancel_at: when prompts in flight are cancelled.
         model: the group's model, once there is one.
+        skipped: rows that there was nothing to ask about.
+        counted: rows that were to do when they were counted, whatever the limit; ``None`` until then.
     """
 
     def __init__(self, spec: JobSpec) -> None:
@@ -43,6 +46,8 @@ class Ledger:
         self.cancel_at = math.inf
         self.model: Any = None
         self.began = 0.0
+        self.skipped = 0
+        self.counted: int | None = None
         self._pulled = 0
         self._answered = 0
         self._failed = 0
@@ -65,14 +70,18 @@ class Ledger:
         self._last_pulled = row.key
         self._unsettled[row.key] = None
 
+    def skip(self, row: Row) -> None:
+        """Enter a row that there is nothing to ask about."""
+        self.skipped += 1
+        self._last_pulled = row.key
+
     def answer(self, error: Exception | None = None) -> None:
         self._answered += 1
         if error is None:
             self._failed_in_a_row = 0
             return
         self._failed += 1
-        # What is wrong with one row says nothing about the next.
-        self._failed_in_a_row += not isinstance(error, RowError)
+        self._failed_in_a_row += not concerns_one_row(error)
 
     def settle(self, report: EnrichReport, outcome: Outcome) -> None:
         """Enter what a transaction did."""
@@ -83,11 +92,13 @@ class Ledger:
             for result in results:
                 self._unsettled.pop(result.row.key, None)
         for result in outcome.failed:
-            known = self._failures.get(result.kind)
+            group = group_of(result.error, result.kind)
+            known = self._failures.get(group)
             if known is not None:
                 known.count += 1
             else:
-                self._failures[result.kind] = FailureKind(result.kind, 1, result.message, result.row.key)
+                name = type(result.error).__name__ if result.kind == OTHER else None
+                self._failures[group] = FailureKind(result.kind, 1, result.message, result.row.key, name)
 
     def is_over(self) -> bool:
         """Say whether no more rows are to be pulled, and remember why."""
@@ -114,10 +125,6 @@ class Ledger:
         each = used / answered if answered > 0 else 0
         return used + each * self.in_flight
 
-    def kind_of(self, error: Exception) -> str:
-        """Return what failures are grouped by."""
-        return "row" if isinstance(error, RowError) else type(error).__name__
-
     def message_of(self, error: Exception) -> str:
         """Return an error's text, without the API key should a provider quote it."""
         text = str(error)
@@ -128,7 +135,7 @@ class Ledger:
 
     def update_progress(self, report: EnrichReport) -> None:
         progress, stats = self.progress, self.model.stats
-        progress.total = report.total
+        progress.total, progress.skipped = report.total, report.skipped
         progress.done, progress.written = report.done, report.written
         progress.failed, progress.changed = report.failed, report.changed
         progress.running = self.in_flight
@@ -137,10 +144,18 @@ class Ledger:
         progress.elapsed = self.elapsed
         progress.stopping = self.stopping
 
+    def count(self, report: EnrichReport) -> None:
+        """Enter what needs no transaction: the rows skipped and, as far as it is known, the total."""
+        report.skipped, report.total = self.skipped, self.counted
+        if self.counted is not None and self._spec.limit is not None:
+            # What is skipped does not use up the limit.
+            report.total = min(self.counted, self._spec.limit + self.skipped)
+
     def close(self, report: EnrichReport) -> None:
         """Complete the report with what is known at the end."""
         report.stopped = self.stopping
         report.elapsed = self.elapsed
+        self.count(report)
         report.cancelled = self.in_flight
         report.failures = sorted(self._failures.values(), key=lambda kind: -kind.count)
         if self.model is not None:

@@ -70,7 +70,7 @@ class Plan:
             return self
         await write(self.database, partial(self.outputs.add_columns, table=self.table))
         table = await read(self.database, partial(read_table, name=self.table.name))
-        return replace(self, table=table, outputs=Outputs(table, self.spec.column, self.schema))
+        return replace(self, table=table, outputs=_outputs(self.spec, table, self.schema))
 
     async def preview(self, report: EnrichReport) -> None:
         """Count the rows and render the first prompts."""
@@ -79,14 +79,23 @@ class Plan:
         report.dry_run = True
         report.total = report.remaining = counted if limit is None else min(counted, limit)
         for row in await first_rows(self.database, self.source, min(DRY_RUN_PROMPTS, report.total)):
-            report.prompts.append(self._shown(row))
+            prompt = self._shown(row)
+            report.skipped += not prompt
+            report.prompts.append(prompt or f"(row {_name(row)} would be skipped: nothing to ask)")
 
     def _shown(self, row: Row) -> str:
         try:
             return self.template.render(row.values)
         except RowError as error:
-            key = row.key[0] if len(row.key) == 1 else row.key
-            return f"(row {key!r} would fail: {error})"
+            return f"(row {_name(row)} would fail: {error})"
+
+
+def _name(row: Row) -> str:
+    return repr(row.key[0] if len(row.key) == 1 else row.key)
+
+
+def _outputs(spec: JobSpec, table: Table, schema: dict[str, Any] | None) -> Outputs:
+    return Outputs(table, spec.column, schema, allow_empty=spec.allow_empty)
 
 
 async def make_plan(datasette: Any, spec: JobSpec) -> Plan:
@@ -101,7 +110,7 @@ async def make_plan(datasette: Any, spec: JobSpec) -> Plan:
     table = await read(database, partial(read_table, name=spec.table))
     template = PromptTemplate(spec.prompt, table.column_names)
     schema = None if spec.schema is None else read_schema(spec.schema)
-    outputs = Outputs(table, spec.column, schema)
+    outputs = _outputs(spec, table, schema)
     plan = Plan(spec, database, table, template, schema, outputs)
     await read(database, plan.rows.check)
     return plan

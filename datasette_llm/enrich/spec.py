@@ -55,6 +55,8 @@ class JobSpec:
     overwrite: bool = False
     retry_failed: bool = False
     dry_run: bool = False
+    allow_cut: bool = False
+    allow_empty: bool = False
     max_failures: int | None = None
     max_tokens_total: int | None = None
     deadline: float | None = None

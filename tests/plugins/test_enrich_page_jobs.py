@@ -262,14 +262,13 @@ class TestFailures:
                 counts[section["type"]] += section["count"]
             assert counts == {"success": 3, "error": 2}
 
-    async def test_a_row_whose_prompt_is_empty_is_an_error_of_that_row(self, tmp_path: Path) -> None:
+    async def test_a_row_whose_prompt_is_empty_is_skipped_and_through(self, tmp_path: Path) -> None:
         with registered(FakeModel()):
             site = Site(tmp_path, *words(2), "update words set word = '' where id = 1")
             await site.post(PAGE, {**FORM, "prompt": "{{ word }}"})
             job = await site.ended()
-        assert (job["status"], job["error_count"]) == ("finished", 1)
-        ((error,),) = site.run("select error from _enrichment_errors")
-        assert "empty for this row" in error
+        assert (job["status"], job["done_count"], job["error_count"]) == ("finished", 2, 0)
+        assert site.run("select error from _enrichment_errors") == []
 
     async def test_when_every_prompt_fails_the_job_pauses_and_resumes(self, tmp_path: Path) -> None:
         broken = True

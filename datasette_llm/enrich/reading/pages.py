@@ -30,6 +30,8 @@ async def read_rows(database: Any, source: Source) -> AsyncGenerator[Row, None]:
 
 async def first_rows(database: Any, source: Source, size: int) -> list[Row]:
     """Return the first few rows."""
+    if size < 1:
+        return []
     rows, after = await read(database, partial(source.page, after=None, size=size))
     while len(rows) < size and after is not None:
         # A page may hold fewer rows than there are: those it looked at need not be to do any more.

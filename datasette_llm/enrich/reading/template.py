@@ -21,6 +21,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..errors import EnrichInputError, RowError
+from ..telling.words import counted
 from .table import nearest
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ def _finalize(value: Any) -> Any:
         try:
             return value.decode()
         except UnicodeDecodeError:
-            raise RowError(f"the prompt shows a blob that is not text ({len(value):,} bytes)") from None
+            size = counted(len(value), "byte")
+            raise RowError(f"the prompt shows a blob that is not text ({size})") from None
     return value
 
 
@@ -113,10 +115,10 @@ class PromptTemplate:
         self.columns = tuple(column for column in columns if column in used)
 
     def render(self, values: Mapping[str, SQLValue]) -> str:
-        """Return the prompt for one row.
+        """Return the prompt for one row; it is empty if there is nothing to ask, or only white space.
 
         Raises:
-            RowError: the template fails on this row, or leaves nothing to send.
+            RowError: the template fails on this row.
             EnrichInputError: the template tried to leave the sandbox.
         """
         shown = {name: NULL if value is None else value for name, value in values.items()}
@@ -128,9 +130,7 @@ class PromptTemplate:
             raise
         except Exception as error:
             raise RowError(f"the prompt cannot be rendered: {type(error).__name__}: {error}") from error
-        if not prompt.strip():
-            raise RowError("the prompt is empty for this row, so there is nothing to send")
-        return prompt
+        return prompt if prompt.strip() else ""
 
 
 def _check(tree: nodes.Template, columns: Sequence[str], env_globals: Mapping[str, Any]) -> set[str]:

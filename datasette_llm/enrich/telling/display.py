@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from tqdm import tqdm
 
-from .report import duration
+from .words import counted, duration
 
 if TYPE_CHECKING:
     from .report import EnrichProgress
@@ -124,11 +124,13 @@ def _counts(progress: EnrichProgress, columns: int) -> str:
         parts.append(f"{progress.failed:,} failed")
     if narrow:
         return ", ".join(parts)
+    if progress.skipped:
+        parts.append(f"{progress.skipped:,} skipped")
     if progress.retries:
-        parts.append(f"{progress.retries:,} retries")
+        parts.append(counted(progress.retries, "retry", "retries"))
     tokens = progress.input_tokens + progress.output_tokens
     if tokens:
-        parts.append(f"{_short(tokens)} tokens")
+        parts.append("1 token" if tokens == 1 else f"{_short(tokens)} tokens")
     return ", ".join(parts)
 
 
@@ -142,14 +144,20 @@ def _short(number: int) -> str:
 def line(progress: EnrichProgress) -> str:
     """Return one line of text about a job."""
     rate = progress.rows_per_second
-    parts = [f"{progress.done:,}" + (f"/{progress.total:,}" if progress.total is not None else "") + " rows"]
+    parts = [
+        counted(progress.done, "row")
+        if progress.total is None
+        else f"{progress.done:,}/{counted(progress.total, 'row')}"
+    ]
     parts.append(f"{rate:,.1f} rows/s")
     if progress.total is not None and rate:
         parts.append(f"{duration((progress.total - progress.done) / rate)} left")
     if progress.failed:
         parts.append(f"{progress.failed:,} failed")
+    if progress.skipped:
+        parts.append(f"{progress.skipped:,} skipped")
     if progress.retries:
-        parts.append(f"{progress.retries:,} retries")
+        parts.append(counted(progress.retries, "retry", "retries"))
     if progress.input_tokens + progress.output_tokens:
-        parts.append(f"{progress.input_tokens + progress.output_tokens:,} tokens")
+        parts.append(counted(progress.input_tokens + progress.output_tokens, "token"))
     return ", ".join(parts)

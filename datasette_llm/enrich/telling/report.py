@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
+
+from .words import counted, duration
 
 if TYPE_CHECKING:
     from ..reading.table import SQLValue
@@ -23,22 +26,30 @@ _STOPPED = {
     "stopped": "stopped",
 }
 
+_WIDTH = 80
+_EXAMPLE_CHARACTERS = 200
+
 
 @dataclass(slots=True)
 class FailureKind:
     """Rows that failed alike: how many, and one of them as an example.
 
     Attributes:
-        kind: the name of the exception's class.
+        kind: what happened: ``cut off``, ``filtered``, ``refused``, ``empty``, ``not JSON``, ``does not fit
+            the schema``, ``several answers``, ``not a number``, ``cannot be stored``, ``refused by the
+            table``, ``rate limited``, ``timed out``, ``rejected`` and so on; ``error`` where only
+            `exception` tells.
         count: how many rows.
         example: the error of the first one.
         pk: the key of that row.
+        exception: the name of the exception's class, for failures of the kind ``error``.
     """
 
     kind: str
     count: int
     example: str
     pk: tuple[SQLValue, ...]
+    exception: str | None = None
 
 
 @dataclass(slots=True)
@@ -47,10 +58,11 @@ class EnrichProgress:
 
     Attributes:
         total: rows to do when the job began; ``None`` until they are counted.
-        done: rows that are through: written, failed or changed meanwhile.
+        done: rows that are through: written, failed, changed meanwhile or skipped.
         written: rows that got their value.
         failed: rows that failed.
         changed: rows deleted, edited or filled by somebody else while their prompt was out.
+        skipped: rows whose prompt is empty: there is nothing to ask.
         running: prompts in flight.
         retries: model calls beyond the first of a prompt.
         input_tokens: tokens sent, as the models counted them.
@@ -64,6 +76,7 @@ class EnrichProgress:
     written: int = 0
     failed: int = 0
     changed: int = 0
+    skipped: int = 0
     running: int = 0
     retries: int = 0
     input_tokens: int = 0
@@ -90,6 +103,8 @@ class EnrichReport:
         failed: rows that failed; ``_llm_enrich_errors`` has each of them.
         changed: rows that were deleted, edited or filled by somebody else while their prompt was
             out: their answers were dropped, and those that still lack a value are for the next run.
+        skipped: rows whose prompt is empty: nothing was sent, and nothing is wrong. They are not counted
+            in a limit. Of a dry run: how many of the rows shown.
         cancelled: prompts that were in flight when the job was stopped and had no answer yet.
         remaining: rows that this run did not get to, if that is known.
         retries: model calls beyond the first of a prompt.
@@ -113,6 +128,7 @@ class EnrichReport:
     written: int = 0
     failed: int = 0
     changed: int = 0
+    skipped: int = 0
     cancelled: int = 0
     remaining: int | None = None
     retries: int = 0
@@ -129,7 +145,7 @@ class EnrichReport:
     @property
     def done(self) -> int:
         """Rows that are through, whatever became of them."""
-        return self.written + self.failed + self.changed
+        return self.written + self.failed + self.changed + self.skipped
 
     @property
     def rows_per_second(self) -> float:
@@ -153,45 +169,63 @@ class EnrichReport:
         where = f"{self.table} ({', '.join(self.columns)})"
         if self.dry_run:
             return self._dry_summary(where)
-        if not self.done and not self.stopped:
-            return f"Nothing left to do: no row of {where} is waiting for a value."
-        lines = [f"{self.written:,} rows of {where} written with {self.model}"]
+        skipped = f"{counted(self.skipped, 'row')} skipped: nothing to ask"
+        if self.done == self.skipped and not self.stopped:
+            if not self.skipped:
+                return f"Nothing left to do: no row of {where} is waiting for a value."
+            return f"Nothing left to do: each row of {where} without a value has an empty prompt.\n{skipped}"
+        lines = [f"{counted(self.written, 'row')} of {where} written with {self.model}"]
         if self.stopped:
-            left = f", {self.remaining:,} rows left" if self.remaining is not None else ""
+            left = f", {counted(self.remaining, 'row')} left" if self.remaining is not None else ""
             lines.append(f"Stopped early: {_STOPPED[self.stopped]}{left}")
         if self.failed:
-            lines.append(f"{self.failed:,} rows failed (each is in _llm_enrich_errors):")
-            for failure in self.failures:
-                example = " ".join(failure.example.split())
-                example = example if len(example) <= 200 else example[:200] + "..."
-                key = failure.pk[0] if len(failure.pk) == 1 else failure.pk
-                lines.append(f"  {failure.count:,} x {failure.kind}, for instance row {key!r}: {example}")
+            each = "it" if self.failed == 1 else "each"
+            lines.append(f"{counted(self.failed, 'row')} failed ({each} is in _llm_enrich_errors):")
+            lines += map(_failure_line, self.failures)
+        if self.skipped:
+            lines.append(skipped)
         if self.changed:
-            lines.append(
-                f"{self.changed:,} rows were deleted, edited or filled meanwhile: their answers were dropped"
-            )
+            were, answer = ("was", "its answer") if self.changed == 1 else ("were", "their answers")
+            changed = f"{counted(self.changed, 'row')} {were} deleted, edited or filled meanwhile"
+            lines.append(f"{changed}: {answer} {were} dropped")
         if self.cancelled:
-            lines.append(f"{self.cancelled:,} prompts in flight were cancelled")
-        retried = f", {self.retries:,} retries" if self.retries else ""
+            were = "was" if self.cancelled == 1 else "were"
+            lines.append(f"{counted(self.cancelled, 'prompt')} in flight {were} cancelled")
+        retried = f", {counted(self.retries, 'retry', 'retries')}" if self.retries else ""
         lines.append(
-            f"{self.input_tokens:,} tokens in, {self.output_tokens:,} out, "
+            f"{counted(self.input_tokens, 'token')} in, {self.output_tokens:,} out, "
             f"{duration(self.elapsed)}, {self.rows_per_second:,.1f} rows/s{retried}"
         )
         return "\n".join(lines)
 
     def _dry_summary(self, where: str) -> str:
-        lines = [f"Dry run: {self.total:,} rows of {where} would be sent to {self.model}; nothing was."]
+        if not self.total:
+            return (
+                f"Dry run: no row of {where} is waiting for a value; nothing would be sent to {self.model}."
+            )
+        lines = [
+            f"Dry run: {counted(self.total, 'row')} of {where} would be sent to {self.model}; nothing was."
+        ]
+        if self.skipped:
+            would = f"{self.skipped} would be skipped: nothing to ask"
+            lines.append(f"Of the {counted(len(self.prompts), 'row')} shown, {would}.")
         for number, prompt in enumerate(self.prompts, 1):
             shown = prompt if len(prompt) <= 1_000 else f"{prompt[:1_000]}... ({len(prompt):,} characters)"
             lines.append(f"--- prompt {number} ---\n{shown}")
         return "\n".join(lines)
 
 
-def duration(seconds: float) -> str:
-    """Return a time for people: 4.2 s, 3 min 20 s, 2 h 5 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
+def _failure_line(failure: FailureKind) -> str:
+    """Return what happened, how often, and an example of it, in lines that fit a terminal."""
+    example = " ".join(failure.example.split())
+    example = example if len(example) <= _EXAMPLE_CHARACTERS else example[:_EXAMPLE_CHARACTERS] + "..."
+    key = failure.pk[0] if len(failure.pk) == 1 else failure.pk
+    kind = f"{failure.kind} ({failure.exception})" if failure.exception else failure.kind
+    return textwrap.fill(
+        f"{failure.count:,} x {kind}, for instance row {key!r}: {example}",
+        width=_WIDTH,
+        initial_indent="  ",
+        subsequent_indent="      ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

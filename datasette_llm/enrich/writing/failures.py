@@ -90,6 +90,11 @@ class Records:
         sql = f'select 1 from {ERRORS_TABLE} where "table" = ? and "column" = ? limit 1'
         return self._conn.execute(sql, (self._table, self._label)).fetchone() is not None
 
+    @property
+    def any(self) -> bool:
+        """Whether a failure is recorded for this table and column."""
+        return self._any
+
     def add(self, key: Sequence[SQLValue], error: str, attempts: int) -> None:
         """Record one failed row; its record of an earlier run is replaced."""
         if not self._made:
@@ -102,7 +107,7 @@ class Records:
         self._any = True
 
     def clear(self, key: Sequence[SQLValue]) -> None:
-        """Forget a row's failure: it has succeeded."""
+        """Forget a row's failure: it has succeeded, or there is nothing to ask about it."""
         if self._any:
             sql = f'delete from {ERRORS_TABLE} where "table" = ? and "column" = ? and pk is ?'
             self._conn.execute(sql, (self._table, self._label, stored_key(key)))

@@ -12,7 +12,9 @@ import sqlite3
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ..errors import AnswerError
 from ..reading.table import quote
+from ..telling.kinds import group_of
 from . import failures
 
 if TYPE_CHECKING:
@@ -109,7 +111,8 @@ class Landing:
                         records.clear(result.row.key)
                     continue
             if self._exists(conn, result):
-                records.add(result.row.key, f"{result.kind}: {result.message}", result.attempts)
+                shown = f"{group_of(result.error, result.kind)}: {result.message}"
+                records.add(result.row.key, shown, result.attempts)
                 outcome.failed.append(result)
             else:
                 outcome.changed.append(result)
@@ -131,8 +134,11 @@ class Landing:
 
 
 def _refused(result: Result, error: Exception) -> Result:
-    message = f"the table refuses the answer: {error}"
-    return Result(result.row, None, error, type(error).__name__, message, result.attempts)
+    if isinstance(error, sqlite3.IntegrityError):
+        kind, message = "refused by the table", f"the table refuses the answer: {error}"
+    else:
+        kind, message = "cannot be stored", f"SQLite cannot store the answer: {error}"
+    return Result(result.row, None, AnswerError(kind, message), kind, message, result.attempts)
 
 
 def _rolled_back(result: Result) -> Result:

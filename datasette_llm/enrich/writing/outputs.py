@@ -7,8 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import EnrichInputError, RowError
+from ..errors import AnswerError, EnrichInputError
 from ..reading.table import check_output_column, quote
+from .answers import beginning, spoken
 from .schema import AnswerCheck
 
 if TYPE_CHECKING:
@@ -50,8 +51,21 @@ class Outputs:
         label: what the job's column is called where one name is needed.
     """
 
-    def __init__(self, table: Table, column: str | None, schema: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self,
+        table: Table,
+        column: str | None,
+        schema: Mapping[str, Any] | None,
+        *,
+        allow_empty: bool = False,
+    ) -> None:
         """Check the columns against the table.
+
+        Args:
+            table: the table that has them, or will have them.
+            column: receives the answer.
+            schema: what the answer has to be.
+            allow_empty: a text answer may be empty.
 
         Raises:
             EnrichInputError: no column is given, or an existing one cannot hold such answers.
@@ -65,6 +79,7 @@ class Outputs:
         if doubled:
             raise EnrichInputError(f"Two outputs would share the column {sorted(doubled)[0]!r}")
         self._column = column
+        self._allow_empty = allow_empty
         outputs = []
         for name in names:
             kind = None if name == column else _kind(self._properties[name])
@@ -94,16 +109,20 @@ class Outputs:
         """Return the values for the columns.
 
         Raises:
-            RowError: the answer does not fit them.
+            AnswerError: the answer is empty, or does not fit them.
         """
+        said = spoken(text)
+        if not said and not (self._allow_empty and self._check is None):
+            reasoned = " (all of it is reasoning)" if text.strip() else ""
+            raise AnswerError("empty", f"the answer is empty{reasoned}")
         if self._check is None:
-            return (_number(text, self.columns[0]),)
+            return (_number(said, self.columns[0]),)
         answer = self._check.parse(text)
         values = [_stored(answer.get(name)) for name in self._properties]
         if self._column is not None:
-            return (json.dumps(answer, ensure_ascii=False), *values)
+            return (_stored(json.dumps(answer, ensure_ascii=False)), *values)
         if all(value is None for value in values):
-            raise RowError("the answer has no value for any column")
+            raise AnswerError("empty", f"the answer has no value for any column: {beginning(text)}")
         return tuple(values)
 
 
@@ -138,19 +157,26 @@ def _fits(column: Column, kind: str | None) -> bool:
 def _number(text: str, output: Output) -> SQLValue:
     """Return the text, or the number it is if that is what the existing column holds."""
     if not output.exists or output.affinity not in ("INTEGER", "REAL"):
-        return text
+        return _stored(text)
+    kind = "an integer" if output.affinity == "INTEGER" else "a number"
     try:
-        if output.affinity == "INTEGER":
-            value: float = int(text.strip().replace("_", "x"))
-        else:
-            value = float(text.strip().replace("_", "x"))
-    except ValueError:
-        kind = "an integer" if output.affinity == "INTEGER" else "a number"
-        shown = text.strip()[:80]
-        raise RowError(
-            f"the answer {shown!r} is not {kind}, which the existing column {output.name!r} holds"
+        value: float = _integer(text) if output.affinity == "INTEGER" else float(text.replace("_", "x"))
+    except (ValueError, OverflowError):
+        raise AnswerError(
+            "not a number",
+            f"the answer {beginning(text)} is not {kind}, which the existing column {output.name!r} holds",
         ) from None
     return _stored(value)
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text.replace("_", "x"))
+    except ValueError:
+        value = float(text.replace("_", "x"))
+        if not value.is_integer():
+            raise
+        return int(value)
 
 
 def _stored(value: Any) -> SQLValue:
@@ -158,9 +184,24 @@ def _stored(value: Any) -> SQLValue:
     if isinstance(value, bool):
         return int(value)
     if isinstance(value, int) and not -_LARGEST - 1 <= value <= _LARGEST:
-        raise RowError(f"the answer has an integer that SQLite cannot hold: {str(value)[:30]}")
+        raise _cannot_be_stored(f"an integer that is too large for SQLite: {str(value)[:30]}")
     if isinstance(value, float) and not math.isfinite(value):
-        raise RowError("the answer has a number that is not finite")
-    if value is None or isinstance(value, (int, float, str)):
+        raise _cannot_be_stored("a number that is not finite")
+    if value is None or isinstance(value, (int, float)):
         return value
-    return json.dumps(value, ensure_ascii=False)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if "\x00" in text:
+        # It could be stored, but SQLite's own functions take it for the end of the text.
+        raise _cannot_be_stored(f"a NUL character, at which SQLite ends a text: {beginning(text)}")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise _cannot_be_stored(
+                f"half of a character, a surrogate ({text[error.start]!r}): {beginning(text)}"
+            ) from None
+    return text
+
+
+def _cannot_be_stored(what: str) -> AnswerError:
+    return AnswerError("cannot be stored", f"the answer has {what}")

@@ -1,8 +1,11 @@
 """JSON schemas: what an answer has to be, checked by a pydantic model made from the schema.
 
 llm hands a schema to the provider, and providers differ in how much of it they enforce. So the
-answer is checked here too, strictly: "5" is no integer. Keywords that are not known here are left to
-the provider.
+answer is checked here too, strictly: "5" is no integer; 7.0 is one, as JSON schema says. Keywords that
+are not known here are left to the provider.
+
+Models write more than was asked for. Of all the objects in an answer exactly one has to fit the schema;
+the same object written several times is one.
 """
 
 from __future__ import annotations
@@ -10,18 +13,18 @@ from __future__ import annotations
 import functools
 import json
 import operator
-import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import llm
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, create_model
 
-from ..errors import EnrichInputError, RowError
+from ..errors import AnswerError, EnrichInputError
+from .answers import beginning, spoken
+from .finding import NotJSON, inside, objects, whole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
-_STRICT: dict[str, Any] = {"string": str, "integer": int}
 _BOUNDS = {
     "minimum": "ge",
     "maximum": "le",
@@ -35,7 +38,6 @@ _BOUNDS = {
 }
 # JSON schema's patterns may look ahead, which pydantic's default engine cannot.
 _CONFIG = ConfigDict(strict=True, extra="ignore", regex_engine="python-re")
-_FENCE = re.compile(r"^```[a-zA-Z]*\s*\n(.*)\n```$", re.DOTALL)
 
 
 def read_schema(schema: str | Mapping[str, Any] | type[BaseModel]) -> dict[str, Any]:
@@ -72,6 +74,7 @@ class AnswerCheck:
 
     def __init__(self, schema: Mapping[str, Any]) -> None:
         self._schema = schema
+        self._properties = frozenset(schema["properties"])
         try:
             self._model = self._object(dict(schema), "Answer")
         except EnrichInputError:
@@ -80,24 +83,71 @@ class AnswerCheck:
             raise EnrichInputError(f"The schema cannot be used: {error}") from error
 
     def parse(self, text: str) -> dict[str, Any]:
-        """Return the answer as a dict of its properties.
+        """Return the one object in an answer that fits the schema, as a dict of its properties.
 
         Raises:
-            RowError: it is no JSON, or it does not fit the schema.
+            AnswerError: no object in it fits, or several do.
         """
-        stripped = text.strip()
-        fenced = _FENCE.match(stripped)
+        found: dict[str, dict[str, Any]] = {}
+        problem = ""
         try:
-            value = json.loads(fenced.group(1) if fenced else stripped)
-        except ValueError:
-            raise RowError(f"the answer is not JSON: {_shortened(text)}") from None
+            for candidate in _candidates(text):
+                try:
+                    fitting = self._fitting(candidate)
+                except ValidationError as error:
+                    problem = problem or _worded(error)
+                    continue
+                for one in fitting:
+                    found[json.dumps(one, sort_keys=True)] = one
+                if len(found) > 1:
+                    raise AnswerError(
+                        "several answers",
+                        f"more than one object in the answer fits the schema: {beginning(text)}",
+                    )
+        except NotJSON as error:
+            raise AnswerError("not JSON", f"the answer is not JSON, {error}: {beginning(text)}") from None
+        except RecursionError:
+            raise AnswerError("not JSON", f"the answer is nested too deeply: {beginning(text)}") from None
+        for one in found.values():
+            return one
+        if problem:
+            raise AnswerError(
+                "does not fit the schema",
+                f"the answer does not fit the schema: {problem}: {beginning(text)}",
+            )
+        raise AnswerError("not JSON", f"the answer is not JSON: {beginning(text)}")
+
+    def _fitting(self, candidate: Any) -> list[dict[str, Any]]:
+        """Return what fits: the candidate, or else what it wraps.
+
+        Raises:
+            ValidationError: nothing does.
+        """
         try:
-            self._model.model_validate(value)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the answer"
-            raise RowError(f"the answer does not fit the schema: {where}: {first['msg']}") from None
-        return dict(value)
+            checked = self._checked(candidate)
+        except ValidationError:
+            wrapped = self._wrapped(candidate)
+            if not wrapped:
+                raise
+            return wrapped
+        # Where no property is required, a wrapper fits too: as an answer that has no value for any.
+        if self._properties.isdisjoint(checked):
+            return self._wrapped(candidate) or [checked]
+        return [checked]
+
+    def _wrapped(self, candidate: Any) -> list[dict[str, Any]]:
+        fitting = []
+        for inner in inside(candidate) if isinstance(candidate, (dict, list)) else ():
+            try:
+                checked = self._checked(inner)
+            except ValidationError:
+                continue
+            if not self._properties.isdisjoint(checked):
+                fitting.append(checked)
+        return fitting
+
+    def _checked(self, candidate: Any) -> dict[str, Any]:
+        return dict(_as_checked(candidate, self._model.model_validate(candidate)))
 
     def _type(self, schema: Any, name: str) -> Any:
         """Return the Python type that a part of the schema describes."""
@@ -131,8 +181,10 @@ class AnswerCheck:
             return type(None)
         if kind == "boolean":
             return StrictBool
-        if kind in _STRICT:
-            return Annotated[_STRICT[kind], Field(strict=True, **bounds)]
+        if kind == "string":
+            return Annotated[str, Field(strict=True, **bounds)]
+        if kind == "integer":
+            return Annotated[int, Field(strict=True, **bounds), BeforeValidator(_integer)]
         if kind is None:
             return Any
         raise EnrichInputError(f"The schema has a type {kind!r} that JSON schema does not have")
@@ -171,6 +223,34 @@ def _literal(values: list[Any], name: str) -> Any:
     return Literal[tuple(values)]
 
 
-def _shortened(text: str, length: int = 80) -> str:
-    flat = " ".join(text.split())
-    return repr(flat if len(flat) <= length else flat[:length] + "...")
+def _integer(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _as_checked(given: Any, checked: Any) -> Any:
+    """Return what was given, with the integers that were written as 7.0 as the integers they are."""
+    if isinstance(checked, BaseModel):
+        names = {str(field.alias): name for name, field in type(checked).model_fields.items()}
+        return {
+            key: _as_checked(value, getattr(checked, names[key])) if key in names else value
+            for key, value in given.items()
+        }
+    if isinstance(checked, list):
+        return [_as_checked(*pair) for pair in zip(given, checked, strict=True)]
+    return checked if isinstance(given, float) and type(checked) is int else given
+
+
+def _candidates(text: str) -> Iterator[Any]:
+    """Yield what the answer may be: all of it, or the objects that stand in it."""
+    try:
+        yield whole(text.strip())
+    except NotJSON:
+        pass
+    else:
+        return
+    yield from objects(spoken(text))
+
+
+def _worded(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(str(part) for part in first['loc']) or 'the answer'}: {first['msg']}"

@@ -25,9 +25,11 @@ from datasette_enrichments import Enrichment, record_progress
 
 from ...enrich import EnrichError, EnrichInputError, EnrichJob, JobSpec
 from ...enrich.database import find_database, read
+from ...enrich.errors import RowError, concerns_one_row
 from ...enrich.plan import make_plan
 from ...enrich.reading.table import read_table
 from ...enrich.spec import NamedRows
+from ...enrich.telling.kinds import group_of
 from ...errors import ModelNotFoundError
 from ...facade import LLM
 from . import PURPOSE, SLUG
@@ -145,8 +147,7 @@ class PromptEnrichment(Enrichment):  # type: ignore[misc]  # datasette-enrichmen
             await self._break_off(batch, self.Pause(str(error)))
         if batch.is_hopeless:
             batch.run.job.insisted = True
-            last = batch.failed[-1]
-            shown = f"{last.kind}: {last.message[:SHOWN_CHARACTERS]}"
+            shown = _shown(batch.failed[-1])[:SHOWN_CHARACTERS]
             await self._break_off(batch, self.Pause(f"one prompt after the other failed: {shown}"))
         if report.stopped == "key_refused":
             await self._break_off(batch, self.Pause(f"the API key is refused: {report.failures[0].example}"))
@@ -172,8 +173,7 @@ class PromptEnrichment(Enrichment):  # type: ignore[misc]  # datasette-enrichmen
         """Enter the rows that failed in datasette-enrichments' own log, those with one error together."""
         alike: dict[str, list[Any]] = {}
         for result in batch.failed:
-            message = result.message if result.kind == "row" else f"{result.kind}: {result.message}"
-            alike.setdefault(message, []).append(_json_key(result.row.key))
+            alike.setdefault(_shown(result), []).append(_json_key(result.row.key))
         for message, keys in alike.items():
             await self.log_error(batch.db, batch.job_id, keys, message)
 
@@ -208,7 +208,9 @@ class _Batch:
     def note(self, outcome: Outcome) -> None:
         self.failed += outcome.failed
         self._written += outcome.written
-        refused = sum(result.kind != "row" for result in outcome.failed)
+        refused = sum(
+            result.error is not None and not concerns_one_row(result.error) for result in outcome.failed
+        )
         self._failed_in_a_row = 0 if outcome.written else self._failed_in_a_row + refused
         if self.is_hopeless:
             self.job.stop("max_failures")
@@ -237,6 +239,12 @@ class _Batch:
         if self.spec.overwrite and self.spec.only is not None:
             # That a row has a value says nothing then.
             self.run.job.written.update(result.row.key for result in self._written)
+
+
+def _shown(result: Result) -> str:
+    if isinstance(result.error, RowError):
+        return result.message
+    return f"{group_of(result.error, result.kind)}: {result.message}"
 
 
 def _spec(db: Any, table: str, config: dict[str, Any], **others: Any) -> JobSpec:

@@ -260,13 +260,13 @@ def models_command(purpose: str | None, as_json: bool, config: str | None, inter
 @_INTERNAL_OPTION
 def purposes_command(as_json: bool, config: str | None, internal: str | None) -> None:
     """List what prompts are run for, and the default model of each purpose."""
-    from .access.purposes import get_purposes
+    from .access.purposes import listed_purposes
     from .errors import ModelNotFoundError
     from .facade import LLM
 
     async def purposes(datasette: Any) -> list[dict[str, Any]]:
         found = []
-        for purpose in get_purposes(datasette):
+        for purpose in listed_purposes(datasette):
             try:
                 model: str | None = await LLM(datasette)._resolve_model_id(purpose=purpose.name)
             except ModelNotFoundError:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pluggy import HookimplMarker
 
+from .access.purposes import ENRICHMENTS
 from .hookspecs import Purpose, plugin_manager
 
 if TYPE_CHECKING:
@@ -68,8 +69,10 @@ def register_commands(cli: click.Group) -> None:
 
 @hookimpl(trylast=True)
 def register_llm_purposes(datasette: Datasette) -> list[Purpose]:
-    """Name what our own prompts are for."""
-    return [Purpose("enrichments", "Fill columns of a table with answers to a prompt about each row")]
+    """Name what our own prompts are for, where a server runs any: in datasette-enrichments' pages."""
+    from .pages.enrichments import is_possible
+
+    return [ENRICHMENTS] if is_possible() else []
 
 
 @hookimpl(optionalhook=True)  # A hook of datasette-enrichments.

@@ -11,7 +11,7 @@ import pytest
 from cryptography.fernet import Fernet
 from datasette_secrets import get_secrets
 
-from datasette_llm.access.keys import provider_secret
+from datasette_llm.access.keys import provider_secrets
 from datasette_llm.backends import datasette_side
 from datasette_llm.facade import LLM
 
@@ -188,10 +188,40 @@ async def test_a_broken_keys_file_is_no_key(llm_user_path: Path, caplog: pytest.
 
 @pytest.mark.parametrize(
     ("needs_key", "secret"),
-    [("openai", "OPENAI_API_KEY"), ("my-provider", "MY_PROVIDER_API_KEY"), ("a.b c", "A_B_C_API_KEY")],
+    [
+        ("openai", ("OPENAI_API_KEY",)),
+        ("my-provider", ("MY-PROVIDER_API_KEY", "MY_PROVIDER_API_KEY")),
+        ("a.b c", ("A.B C_API_KEY", "A_B_C_API_KEY")),
+    ],
 )
-def test_the_secret_of_a_provider(needs_key: str, secret: str) -> None:
-    assert provider_secret(needs_key) == secret
+def test_the_secrets_of_a_provider(needs_key: str, secret: tuple[str, ...]) -> None:
+    assert provider_secrets(needs_key) == secret
+
+
+async def test_a_secret_of_the_environment_has_either_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATASETTE_SECRETS_MY_PROVIDER_API_KEY", "exported by a shell")
+    assert await key({}) == "exported by a shell"
+    monkeypatch.setenv("DATASETTE_SECRETS_MY-PROVIDER_API_KEY", "under the name that is registered")
+    assert await key({}) == "under the name that is registered"
+
+
+async def test_the_key_in_a_purposes_list_beats_the_one_of_its_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    both: Any = {
+        "default_model": {"model": "keyed", "key": "DEFAULT_KEY"},
+        "purposes": {
+            "p": {
+                "model": {"model": "keyed", "key": "PURPOSE_KEY"},
+                "models": ["sibling", {"model": "keyed", "key": "LISTED_KEY"}],
+            }
+        },
+    }
+    monkeypatch.setenv("DATASETTE_SECRETS_PURPOSE_KEY", "beside model")
+    assert await key(both, purpose="p") == "beside model"
+    monkeypatch.setenv("DATASETTE_SECRETS_LISTED_KEY", "beside models")
+    assert await key(both, purpose="p") == "beside models"
+    assert LLM(datasette_with(both))._get_purpose_key_for_model("keyed", "p") == "LISTED_KEY"
 
 
 # The encrypted database.
@@ -228,6 +258,8 @@ async def test_secrets_of_the_encrypted_database(monkeypatch: pytest.MonkeyPatch
     ]
     monkeypatch.setenv("DATASETTE_SECRETS_PURPOSE_KEY", "from the environment")
     assert (await llm_.model("keyed", purpose="p"))._key == "from the environment"
+    both = await with_stored(None, **{"MY_PROVIDER_API_KEY": "other", "MY-PROVIDER_API_KEY": "as registered"})
+    assert await LLM(both).get_key_for_model("keyed") == "as registered"
 
 
 @pytest.mark.real_clock
@@ -283,12 +315,13 @@ async def test_all_names_are_registered_with_datasette_secrets(llm_user_path: Pa
     registered = {s.name: s for s in await datasette_side.call(get_secrets, datasette_with(CONFIG))}
     assert {
         "OPENAI_API_KEY",
-        "MY_PROVIDER_API_KEY",
-        "MY_SERVER_API_KEY",
+        "MY-PROVIDER_API_KEY",
+        "MY-SERVER_API_KEY",
         "DEFAULT_KEY",
         "PURPOSE_KEY",
         "LISTED_KEY",
     } <= set(registered)
+    assert "MY_PROVIDER_API_KEY" not in registered
     assert registered["PURPOSE_KEY"].description == "API key for keyed"
     wrong = {s.name for s in await datasette_side.call(get_secrets, datasette_with({"mdoels": 1}))}
     assert "OPENAI_API_KEY" in wrong

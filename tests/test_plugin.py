@@ -15,9 +15,9 @@ from datasette.utils import StartupError
 
 from datasette_llm import Purpose, get_purposes
 from datasette_llm.access import starting
+from datasette_llm.access.purposes import ENRICHMENTS, listed_purposes
 from datasette_llm.backends import datasette_side
 from datasette_llm.hookspecs import plugin_manager
-from datasette_llm.plugin import register_llm_purposes
 
 from .fakes import FakeModel, registered
 from .hooks import datasette_with, hooked
@@ -134,12 +134,25 @@ def test_commands_are_registered() -> None:
 
 # Purposes.
 
-(OUR_PURPOSE,) = register_llm_purposes(Datasette())
+
+def test_without_other_plugins_there_are_no_purposes() -> None:
+    assert get_purposes(datasette_with()) == []
+
+
+def test_our_own_is_registered_where_its_page_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tests/plugins` has the real datasette-enrichments."""
+    module = type(sys)("datasette_enrichments")
+    monkeypatch.setitem(sys.modules, "datasette_enrichments", module)
+    datasette = datasette_with()
+    assert get_purposes(datasette) == []
+    plugin_manager().register(module)
+    assert get_purposes(datasette) == [ENRICHMENTS]
 
 
 def test_others_may_describe_our_purpose() -> None:
+    assert listed_purposes(datasette_with()) == [ENRICHMENTS]
     with hooked(register_llm_purposes=lambda: [Purpose("enrichments", "theirs")]):
-        assert get_purposes(datasette_with()) == [Purpose("enrichments", "theirs")]
+        assert listed_purposes(datasette_with()) == [Purpose("enrichments", "theirs")]
 
 
 def test_purposes_are_listed_and_the_first_registration_wins() -> None:
@@ -154,7 +167,6 @@ def test_purposes_are_listed_and_the_first_registration_wins() -> None:
         ("a", "first"),
         ("b", "B"),
         ("c", "C"),
-        ("enrichments", OUR_PURPOSE.description),
     ]
 
 
@@ -168,7 +180,7 @@ def test_junk_among_purposes_is_left_out_with_a_warning(junk: Any, caplog: pytes
         hooked(register_llm_purposes=lambda: junk() if callable(junk) else junk),
         hooked(register_llm_purposes=lambda: Purpose("alone")),
     ):
-        assert get_purposes(datasette_with()) == [Purpose("alone"), OUR_PURPOSE]
+        assert get_purposes(datasette_with()) == [Purpose("alone")]
     assert "register_llm_purposes: left out" in caplog.text
 
 
@@ -200,4 +212,4 @@ def test_plugins_that_import_from_this_package_when_loaded(tmp_path: Path) -> No
         done = subprocess.run(
             [sys.executable, "-c", script], env=environ, capture_output=True, text=True, check=False
         )
-        assert done.stdout == "['eager', 'enrichments']\n", (first, done.stderr)
+        assert done.stdout == "['eager']\n", (first, done.stderr)

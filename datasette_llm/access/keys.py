@@ -4,7 +4,8 @@ In this order, the first that has a value:
 
 1. the secrets that the configuration names for this model: its purpose's, then the default model's
 2. a key that the model object itself carries
-3. the secret ``<PROVIDER>_API_KEY``
+3. the secret ``<PROVIDER>_API_KEY``, the provider as llm names it, in capital letters; or with ``_`` for
+   each character of it that an environment variable can't have
 4. the provider's key in llm's ``keys.json``
 5. the provider's environment variable, as llm reads it
 
@@ -19,6 +20,7 @@ import json
 import logging
 import os
 import re
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import llm
@@ -37,9 +39,25 @@ if TYPE_CHECKING:
 logger = logging.getLogger("datasette_llm")
 
 
+# The other spelling of a secret that is looked up now: datasette-secrets reads none that is not registered.
+_looked_up: ContextVar[str | None] = ContextVar("datasette_llm_looked_up", default=None)
+
+
 def provider_secret(needs_key: str) -> str:
-    """Return the name of the secret for what llm calls a key: ``openai`` is ``OPENAI_API_KEY``."""
-    return re.sub(r"[^A-Z0-9]", "_", needs_key.upper()) + "_API_KEY"
+    """Return the name of the secret for what llm calls a key: ``openai`` is ``OPENAI_API_KEY``.
+
+    It is the one that is registered, so it is what people see and fill in at ``/-/secrets``.
+    """
+    return needs_key.upper() + "_API_KEY"
+
+
+def provider_secrets(needs_key: str) -> tuple[str, ...]:
+    """Return each name that the secret may have, the registered one first: ``my-own`` has two.
+
+    ``MY-OWN_API_KEY`` is its name; ``MY_OWN_API_KEY`` is what a shell can export.
+    """
+    name = provider_secret(needs_key)
+    return tuple(dict.fromkeys([name, re.sub(r"[^A-Z0-9]", "_", name)]))
 
 
 def secret_names(datasette: Datasette) -> dict[str, str]:
@@ -56,6 +74,9 @@ def secret_names(datasette: Datasette) -> dict[str, str]:
     descriptions = {name: f"API key for {', '.join(models)}" for name, models in names.items()}
     for needs_key in get_snapshot().key_names:
         descriptions.setdefault(provider_secret(needs_key), f"API key for the {needs_key} models")
+    looked_up = _looked_up.get()
+    if looked_up is not None:
+        descriptions.setdefault(looked_up, "")
     return descriptions
 
 
@@ -90,15 +111,17 @@ class KeyRing:
         needs_key: str | None = getattr(model, "needs_key", None)
         if needs_key is None:
             return None
-        return await self._secret(provider_secret(needs_key)) or _llm_key(model, needs_key)
+        for name in provider_secrets(needs_key):
+            if value := await self._secret(name):
+                return value
+        return _llm_key(model, needs_key)
 
     async def can_call(self, model: Any, configured: Iterable[str] = ()) -> bool:
         """Say whether ``model`` needs no key or has one."""
         return getattr(model, "needs_key", None) is None or bool(await self.key_for(model, configured))
 
     async def _secret(self, name: str) -> str | None:
-        # What get_secret() looks at first, for every name that is registered; this package
-        # registers all names it asks for.
+        # What get_secret() looks at first, for every name that is registered.
         if value := os.environ.get(f"DATASETTE_SECRETS_{name}"):
             return value
         if name not in self._found:
@@ -108,17 +131,24 @@ class KeyRing:
     async def _stored_secret(self, name: str) -> str | None:
         if not _has_stored_secrets(self._datasette):
             return None
-        from datasette_secrets import get_secret
-
         try:
-            value: str | None = await datasette_side.call(
-                get_secret, self._datasette, name, actor_id=self._actor_id
-            )
+            value: str | None = await datasette_side.call(_read, self._datasette, name, self._actor_id)
         except Exception as error:
             # Only the type: a message could repeat what was to be decrypted.
             logger.warning("The secret %s could not be read: %s", name, type(error).__name__)
             return None
         return value
+
+
+async def _read(datasette: Datasette, name: str, actor_id: str | None) -> str | None:
+    from datasette_secrets import get_secret
+
+    token = _looked_up.set(name)
+    try:
+        value: str | None = await get_secret(datasette, name, actor_id=actor_id)
+        return value
+    finally:
+        _looked_up.reset(token)
 
 
 def _has_stored_secrets(datasette: Datasette) -> bool:

@@ -61,7 +61,8 @@ class Plan:
                 self._options.setdefault(self._id(reference.model), {}).update(reference.options)
         self._key_names: dict[str, list[str]] = {}
         self._purpose_keys: dict[str, str] = {}
-        for reference in own:
+        # A key beside an entry of the list is about that model; one beside the default, about the purpose.
+        for reference in sorted(own, key=lambda reference: reference is (section and section.model)):
             if reference.key:
                 self._purpose_keys.setdefault(self._id(reference.model), reference.key)
                 self._key_names.setdefault(self._id(reference.model), []).append(reference.key)

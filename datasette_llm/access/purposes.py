@@ -14,6 +14,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger("datasette_llm")
 
 
+#: What our own prompts are for, in the command and in the pages of datasette-enrichments.
+ENRICHMENTS = Purpose("enrichments", "Fill columns of a table with answers to a prompt about each row")
+
+
+def listed_purposes(datasette: Datasette) -> list[Purpose]:
+    """Return every registered purpose, and our own, which the command has whatever is installed."""
+    registered = get_purposes(datasette)
+    described = any(purpose.name == ENRICHMENTS.name for purpose in registered)
+    return registered if described else [*registered, ENRICHMENTS]
+
+
 def get_purposes(datasette: Datasette) -> list[Purpose]:
     """Return every registered purpose; of two with the same name the first one wins.
 

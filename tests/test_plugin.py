@@ -9,7 +9,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from datasette.app import Datasette
 from datasette.plugins import pm
 from datasette.utils import StartupError
 

@@ -35,11 +35,11 @@ class LoopDoor:
 
     def __init__(self) -> None:
         native: Any = current_token().native_token
-        self._call_soon: Callable[[Callable[[], None]], object] = getattr(
+        self._call_soon: Callable[[Callable[[], object]], object] = getattr(
             native, "call_soon_threadsafe", None
         ) or getattr(native, "run_sync_soon")  # noqa: B009 - it is one of two kinds of object
 
-    def call_soon(self, function: Callable[[], None]) -> None:
+    def call_soon(self, function: Callable[[], object]) -> None:
         """Have the loop call ``function``. If the loop has ended there is nothing left to tell."""
         try:
             self._call_soon(function)

@@ -13,6 +13,7 @@ import anyio
 
 from .._compat import BaseExceptionGroup
 from ..backends import native_cancel
+from ..backends.closing import close_quietly
 from ..backends.datasette_side import backend
 from ..pace.throttle import Outcome
 from .retry import check_complete, classify, retrying
@@ -252,10 +253,7 @@ async def _close(generator: AsyncGenerator[Any, None] | None) -> None:
     if generator is None:
         return
     with anyio.move_on_after(CLOSE_SECONDS, shield=True) as scope:
-        try:
-            await generator.aclose()
-        except Exception:
-            logger.exception("Closing the generator of a model failed")
+        await close_quietly(generator, "the generator of a model")
     if scope.cancelled_caught:
         logger.warning("Abandoned the generator of a model: closing it took more than %g s", CLOSE_SECONDS)
 

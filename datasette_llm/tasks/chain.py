@@ -23,6 +23,7 @@ from anyio import get_cancelled_exc_class
 from llm.parts import StreamEvent
 
 from ..backends.loops import LoopDoor
+from ..backends.signal import Signal
 from ..calls.model_call import ModelCall
 from ..errors import PromptCancelled
 from ..responses.response import PromptResponse, used_tokens
@@ -61,7 +62,7 @@ class Chain:
         self._ended = False
         self._error: Exception | None = None
         self._traceback: TracebackType | None = None
-        self._changed = anyio.Event()
+        self._changed = Signal()
 
     def responses(self) -> ChainReader:
         """Iterate over the responses, each live as soon as it is yielded.
@@ -127,7 +128,7 @@ class Chain:
         return self._responses[index]
 
     def _tell_readers(self) -> None:
-        changed, self._changed = self._changed, anyio.Event()
+        changed, self._changed = self._changed, Signal()
         changed.set()
 
     def _reader_left(self) -> None:

@@ -6,7 +6,7 @@ from collections import deque
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
-import anyio
+from ..backends.signal import Signal
 
 if TYPE_CHECKING:
     import llm
@@ -45,7 +45,7 @@ class Turn:
     def __init__(self, conversation: llm.AsyncConversation, queue: deque[Turn]) -> None:
         self._conversation = conversation
         self._queue = queue
-        self._come = anyio.Event()
+        self._come = Signal()
         self._length: int | None = None
         self._loaded: list[object] | None = None
 

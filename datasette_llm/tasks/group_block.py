@@ -25,6 +25,7 @@ from anyio import get_cancelled_exc_class
 
 from .._compat import BaseExceptionGroup, ExceptionGroup
 from ..backends import datasette_side, native_cancel
+from ..backends.spawning import start_soon
 from ..errors import PromptCancelled
 from ..hookspecs import plugin_manager
 from .supervisor import GRACE_SECONDS
@@ -52,7 +53,7 @@ class GroupBlock:
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
         supervisor._tasks = self._tasks
-        self._tasks.start_soon(self._watch)
+        supervisor.start_soon(self._watch)
         return supervisor
 
     async def _watch(self) -> None:
@@ -90,7 +91,7 @@ class GroupBlock:
             absorbed = await self._end_tasks(stop)
         finally:
             supervisor.group.closed = True
-            supervisor._elapsed = anyio.current_time() - supervisor._began
+            supervisor._elapsed = supervisor.now() - supervisor._began
             settling_error = await self._settle()
         if stop is not None and not absorbed and stop is not body_error:
             raise stop
@@ -124,6 +125,7 @@ class GroupBlock:
         supervisor = self.supervisor
         supervisor._log_unread_failures()
         failures: list[Exception] = []
+        dropped: list[bool] = []
 
         async def settle() -> None:
             try:
@@ -137,9 +139,11 @@ class GroupBlock:
         try:
             with anyio.CancelScope(shield=True):
                 async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(settle)
+                    start_soon(tasks, settle, if_dropped=lambda: dropped.append(True))
         finally:
             with anyio.CancelScope(shield=True):
+                if dropped:
+                    await settle()
                 await self._stack.aclose()
         return failures[0] if failures else None
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import anyio
-
 from ..calls.clients import ClientPool
 from ..calls.standing import Standing
 from ..calls.tracing import is_traced
@@ -69,7 +67,7 @@ class GroupSupervisor(Supervisor):
         self.clients.adopt(choice.model, throttle.observe)
         self.datasette = datasette
         self._on_error = on_error
-        self._began = anyio.current_time()
+        self._began = self.now()
         self._elapsed: float | None = None
         self._failed: list[PromptResponse] = []
         self._errors: list[Exception] = []
@@ -84,7 +82,7 @@ class GroupSupervisor(Supervisor):
 
     def _stats(self) -> GroupStats:
         counters = self.counters
-        elapsed = anyio.current_time() - self._began if self._elapsed is None else self._elapsed
+        elapsed = self.now() - self._began if self._elapsed is None else self._elapsed
         ended = counters.succeeded + counters.failed + counters.cancelled
         return GroupStats(
             waiting=counters.waiting,
@@ -103,7 +101,7 @@ class GroupSupervisor(Supervisor):
         )
 
     def _quota_seconds(self) -> float | None:
-        now = anyio.current_time()
+        now = self.now()
         waits = [standing.until - now for standing in self._standings.values() if standing.waiting]
         return max(waits, default=None)
 
@@ -130,7 +128,7 @@ class GroupSupervisor(Supervisor):
             self.cancel()
             if self._tasks is not None:
                 # The body is waiting for an answer that will not come.
-                self._tasks.cancel_scope.cancel()
+                self.at_home(self._tasks.cancel_scope.cancel)
         elif self._on_error == "cancel":
             self._errors.append(error)
 

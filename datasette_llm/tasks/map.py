@@ -22,9 +22,9 @@ A map ends in one of three ways:
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
+from functools import partial
 from inspect import iscoroutine
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -32,7 +32,9 @@ import anyio
 import llm
 from anyio import CancelScope
 
+from ..backends.closing import close_quietly
 from ..backends.loops import LoopDoor
+from ..backends.signal import Signal
 from ..errors import PromptCancelled
 from ..responses.response import PromptResponse
 from .hook_scope import hooks_wrap_prompts
@@ -44,8 +46,6 @@ if TYPE_CHECKING:
     from .prompt_task import PromptTask
 
 T = TypeVar("T")
-
-logger = logging.getLogger("datasette_llm")
 
 #: How long closing an async source may take, in seconds.
 CLOSE_SECONDS = 5.0
@@ -101,6 +101,7 @@ class MapRun(Generic[T]):
         self.ended = False
         self._supervisor = supervisor
         self._slots = supervisor.slots
+        self.at_home = supervisor.at_home
         self._to_prompt = to_prompt
         self._make_task = make_task
         self._begun = False
@@ -110,12 +111,11 @@ class MapRun(Generic[T]):
         # Pulled, and not yet taken by the loop.
         self._outstanding = 0
         self._results: deque[tuple[T, PromptResponse]] = deque()
-        self._news: anyio.Event | None = None
+        self._news: Signal | None = None
         self._idle: deque[anyio.Event] = deque()
         # Workers that have been woken and have not looked for an item yet.
         self._waking = 0
-        # How to cancel each prompt in flight.
-        self._in_flight: dict[PromptTask, Callable[[], None]] = {}
+        self._in_flight: dict[PromptTask, None] = {}
         source = _source_of(items)
         self._feeder = _Feeder(self, source) if isinstance(source, AsyncIterator) else None
         self._iterator: Iterator[T] = source if isinstance(source, Iterator) else iter(())
@@ -150,7 +150,7 @@ class MapRun(Generic[T]):
                     raise self._error
                 raise StopAsyncIteration
             if self._news is None:
-                self._news = anyio.Event()
+                self._news = Signal()
             await self._news.wait()
         pair = self._results.popleft()
         self._outstanding -= 1
@@ -167,8 +167,8 @@ class MapRun(Generic[T]):
         """Stop pulling and cancel what is in flight. Returns at once; idempotent."""
         self._begun = self._stopped = True
         self._supervisor._maps.pop(self, None)
-        for cancel in list(self._in_flight.values()):
-            cancel()
+        for task in list(self._in_flight):
+            task.cancel()
         self.end_source()
 
     def _end(self) -> None:
@@ -228,9 +228,14 @@ class MapRun(Generic[T]):
             self.wake_worker()
 
     def _spawn(self, function: Callable[[], Any]) -> None:
-        tasks = self._supervisor._tasks
-        assert tasks is not None
-        tasks.start_soon(function)
+        self.at_home(partial(self._start, function))
+
+    def _start(self, function: Callable[[], Any]) -> None:
+        try:
+            self._supervisor.start_soon(function)
+        except RuntimeError:
+            # The group has ended meanwhile.
+            self.stop()
 
     def wake_worker(self) -> None:
         """Have a worker look for an item."""
@@ -292,14 +297,14 @@ class MapRun(Generic[T]):
         # The limit may have grown to let it begin.
         task.on_begin = self.stir
         wrapped = hooks_wrap_prompts()
-        self._in_flight[task] = task.cancel if wrapped else scope.cancel
+        self._in_flight[task] = None
         try:
             if wrapped:
                 # In a task of its own: shielded, and context variables a wrapper sets end with the prompt.
                 self._supervisor.start(task)
                 await task.response.wait()
             else:
-                await task.run_unwrapped()
+                await task.run_unwrapped(scope)
         finally:
             del self._in_flight[task]
             self._give(item, task.response)
@@ -340,7 +345,7 @@ class _Feeder(Generic[T]):
         self._source = source
         self._ready: deque[T] = deque()
         self._wanted: anyio.Event | None = None
-        self._scope = CancelScope(shield=True)
+        self._scope: CancelScope | None = None
         self._pulling = False
 
     def wake(self) -> None:
@@ -355,13 +360,14 @@ class _Feeder(Generic[T]):
     def stop(self) -> None:
         """Pull no more. A generator that is running is cancelled, one that waits is closed."""
         self.wake()
-        if self._pulling:
-            self._scope.cancel()
+        if self._pulling and self._scope is not None:
+            self._map.at_home(self._scope.cancel)
 
     async def run(self) -> None:
         """Pull until the source ends or nobody wants more."""
         # Shielded, so that a source that is closed can clean up: stop() is what ends the pulling.
-        with self._scope as scope:
+        with CancelScope(shield=True) as scope:
+            self._scope = scope
             try:
                 await self._pull()
             except Exception as error:
@@ -397,13 +403,7 @@ class _Feeder(Generic[T]):
             self._map.wake_worker()
 
     async def _close(self) -> None:
-        close = getattr(self._source, "aclose", None)
-        if close is None:
-            return
-        try:
-            await close()
-        except Exception:
-            logger.exception("Closing the source of a map failed")
+        await close_quietly(self._source, "the source of a map")
 
 
 def _source_of(items: Iterable[T] | AsyncIterable[T]) -> Iterator[T] | AsyncIterator[T]:

@@ -10,7 +10,7 @@ from anyio import get_cancelled_exc_class
 from ..calls.model_call import ModelCall
 from ..errors import PromptCancelled
 from ..responses.response import PromptResponse, used_tokens
-from .task import SupervisedTask, misplaced
+from .task import SupervisedTask
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,17 +89,20 @@ class PromptTask(SupervisedTask):
     def tokens(self) -> tuple[int, int]:
         return used_tokens(self.response)
 
+    def count_tokens(self) -> None:
+        self.supervisor.counters.count_tokens(*self.tokens())
+
     def finish(self, error: Exception | None) -> None:
-        if error is None:
-            self.supervisor.counters.count_tokens(*self.tokens())
-        self.response._finish(error)
-        if error is not None and not isinstance(error, PromptCancelled):
-            self.supervisor.watch_failure(self.response)
-        # The task, its call and its response know each other: without this only the garbage
-        # collector could free them.
-        del self._call
-        if self._started is not None and not self._running:
-            self._started.set()
+        try:
+            self.response._finish(error)
+            if error is not None and not isinstance(error, PromptCancelled):
+                self.supervisor.watch_failure(self.response)
+        finally:
+            # The task, its call and its response know each other: without this only the garbage
+            # collector could free them.
+            del self._call
+            if self._started is not None and not self._running:
+                self._started.set()
 
     async def start(self) -> PromptResponse:
         """Have the supervisor run this task; wait until its model call starts.
@@ -126,23 +129,18 @@ class PromptTask(SupervisedTask):
             self.response._raise_error()
         return self.response
 
-    async def run_unwrapped(self) -> None:
+    async def run_unwrapped(self, scope: anyio.CancelScope) -> None:
         """Run in the caller's task and cancel scope, for a prompt that no plugin wraps.
 
         With nothing to settle there is nothing to shield. Errors go to the readers; if the scope is
         cancelled, they get ``PromptCancelled``, and the caller the cancellation.
         """
-        error: Exception | None = PromptCancelled("the prompt was cancelled")
-        self.supervisor.counters.waiting += 1
-        with self.open_span() as self._span:
-            try:
-                await self._call.run()
-                error = None
-            except Exception as failure:
-                error = failure
-            except get_cancelled_exc_class() as stop:
-                if not await self.is_misplaced(stop):
-                    raise
-                error = misplaced(stop)
-            finally:
-                self._end(error)
+        self._inner = scope
+        await self._run(self._answer_unwrapped, "the prompt was cancelled")
+
+    async def _answer_unwrapped(self) -> Exception | None:
+        try:
+            await self._call.run()
+        except Exception as error:
+            return error
+        return None

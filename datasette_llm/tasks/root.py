@@ -75,7 +75,7 @@ class RootSupervisor(Supervisor):
             async with datasette_side.open_side(), anyio.create_task_group() as tasks:
                 self._tasks = tasks
                 for context, task in self._early:
-                    context.run(tasks.start_soon, task.run)
+                    context.run(self._spawn, task)
                 self._early.clear()
                 try:
                     await self._until_idle()
@@ -94,7 +94,14 @@ class RootSupervisor(Supervisor):
             self.closing = True
             with anyio.move_on_after(GRACE_SECONDS, shield=True):
                 await self.clients.aclose()
-            self._ended.set()
+            self.over()
+
+    def over(self) -> None:
+        """Nothing runs any more, or ever did: end what was asked and has not begun. Idempotent."""
+        self.closing = True
+        for task in list(self._live):
+            task.never_ran()
+        self._ended.set()
 
     async def _until_idle(self) -> None:
         while not self.closing:
@@ -142,6 +149,8 @@ def root_supervisor() -> RootSupervisor:
         else:
             loop = asyncio.get_running_loop()
             root.task = Context().run(loop.create_task, root.run(), name="datasette-llm root supervisor")
+            # Where the loop ends before its first turn, asyncio drops it, and no line of run() is reached.
+            root.task.add_done_callback(lambda _: root.over())
     return root
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 
 from ..backends.datasette_side import backend
-from ..backends.loops import LoopDoor
+from ..backends.loops import LoopDoor, loop_clock
+from ..backends.spawning import start_soon
 from ..calls.tracing import is_traced
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
     from anyio.abc import TaskGroup
 
     from ..calls.standing import Standing
@@ -64,6 +67,7 @@ class Supervisor:
         grace_seconds: how long a cancelled prompt's wrappers may take to settle.
         group: what hooks see of the group whose prompts these are, or ``None``.
         gate: lets the first prompt of a group enter its wrappers alone.
+        now: the clock of the event loop that its tasks run on.
     """
 
     group: Group | None = None
@@ -75,6 +79,7 @@ class Supervisor:
         self._tasks: TaskGroup | None = None
         self._backend = backend()
         self._door = LoopDoor()
+        self.now = loop_clock()
         self._live: dict[Child, None] = {}
         self._cancelled = False
         self._winding_down = False
@@ -88,19 +93,41 @@ class Supervisor:
     def start(self, task: Child) -> None:
         """Run a task as a child of this supervisor, in the caller's context. Returns at once."""
         self.adopt(task)
+        self.at_home(partial(self._spawn, task))
+
+    def at_home(self, function: Callable[[], object]) -> None:
+        """Call a function on the side that this supervisor's tasks run on: at once, or soon.
+
+        A plugin on the hosted asyncio loop may use a group of trio's side, and the other way round.
+        """
         if backend() == self._backend:
-            self._spawn(task)
+            function()
         else:
-            # A plugin on the hosted asyncio loop prompts a group of trio's side.
-            self._door.call_soon(partial(copy_context().run, self._spawn, task))
+            self._door.call_soon(partial(copy_context().run, function))
 
     def _spawn(self, task: Child) -> None:
-        assert self._tasks is not None
         try:
-            self._tasks.start_soon(task.run)
+            self.start_soon(task.run, task.never_ran)
         except RuntimeError:
             # It has ended meanwhile.
             task.never_ran()
+
+    def start_soon(
+        self,
+        function: Callable[[], Coroutine[Any, Any, None]],
+        if_dropped: Callable[[], None] | None = None,
+    ) -> None:
+        """Run a function as a task of this supervisor; only on its own side.
+
+        Args:
+            function: an async function.
+            if_dropped: called if the event loop ended before the task's first turn.
+
+        Raises:
+            RuntimeError: it has ended.
+        """
+        assert self._tasks is not None
+        start_soon(self._tasks, function, if_dropped)
 
     def standing(self, key: str | None) -> Standing | None:
         """Return what the provider's refusals of a key mean for these prompts: nothing, by default."""

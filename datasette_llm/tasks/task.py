@@ -24,7 +24,6 @@ import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import anyio
 import llm
 from anyio import CancelScope, get_cancelled_exc_class
 from anyio.lowlevel import cancel_shielded_checkpoint
@@ -34,6 +33,7 @@ from ..backends import native_cancel
 from ..calls.tracing import describe_end, no_span, prompt_span
 from ..errors import PromptCancelled
 from .hook_scope import PromptResult, entered, find_wrappers, hooks_wrap_prompts
+from .interruption import comes_of_cancellation, ends_program, misplaced, without_echo
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -69,6 +69,7 @@ class SupervisedTask:
     #: What the wrappers are given; there is none while nobody wraps the prompt.
     result: PromptResult | None = None
     cancelled = False
+    begun = False
     ended = False
     _complete = False
     _failure: Exception | None = None
@@ -109,8 +110,11 @@ class SupervisedTask:
         raise NotImplementedError
 
     def finish(self, error: Exception | None) -> None:
-        """Tell the readers that it has ended. Must not raise."""
+        """Tell the readers that it has ended."""
         raise NotImplementedError
+
+    def count_tokens(self) -> None:
+        """Enter what it used in the books of its owner; called when it has succeeded."""
 
     def wind_down(self) -> None:
         """The owner is about to end: wait for nobody outside. Returns at once."""
@@ -129,6 +133,9 @@ class SupervisedTask:
         if self.ended:
             return
         self.cancelled = True
+        self.supervisor.at_home(self._interrupt)
+
+    def _interrupt(self) -> None:
         if self._inner is not None:
             self._inner.cancel()
         else:
@@ -136,7 +143,7 @@ class SupervisedTask:
 
     def _begin_grace(self) -> None:
         if self._patience is not None and self._patience.deadline == math.inf:
-            self._patience.deadline = anyio.current_time() + self.supervisor.grace_seconds
+            self._patience.deadline = self.supervisor.now() + self.supervisor.grace_seconds
 
     async def run(self) -> None:
         """Live from admission to the end. Errors go to the readers, never to the caller.
@@ -145,19 +152,30 @@ class SupervisedTask:
             BaseException: only what asks the whole program to stop (the loop's own cancellation,
                 ``KeyboardInterrupt``), after the wrappers have settled.
         """
-        error: Exception | None = PromptCancelled("the task was stopped before it could settle")
-        self.supervisor.counters.waiting += 1
-        with self.open_span() as self._span:
-            try:
-                error = await self._live()
-            except get_cancelled_exc_class() as stop:
-                if not await self.is_misplaced(stop):
-                    raise
-                error = misplaced(stop)
-            finally:
-                self._end(error)
+        await self._run(self._live, "the task was stopped before it could settle")
         if self._interruption is not None:
             raise self._interruption
+
+    async def _run(self, live: Callable[[], Awaitable[Exception | None]], why_stopped: str) -> None:
+        self.begun = True
+        error: Exception | None = PromptCancelled(why_stopped)
+        try:
+            self.supervisor.counters.waiting += 1
+            with self.open_span() as self._span:
+                try:
+                    error = await live()
+                except get_cancelled_exc_class() as stop:
+                    if not await self.is_misplaced(stop):
+                        raise
+                    error = misplaced(stop)
+                finally:
+                    self._end(error)
+        except Exception as fault:
+            # Out of the books, or of somebody's tracing. Further up it would end the siblings.
+            if self.ended:
+                logger.exception("The end of a prompt to %s could not be told", self.choice.model_id)
+            else:
+                self._end(fault)
 
     def open_span(self) -> AbstractContextManager[Span | None]:
         """The span that this task runs in, if anybody collects spans."""
@@ -166,7 +184,10 @@ class SupervisedTask:
         return prompt_span(self.choice, "chain" if self.is_chain else "chat")
 
     def never_ran(self) -> None:
-        """End, because there is no supervisor any more to run it."""
+        """End, because nobody runs it: its supervisor has ended, or the event loop before its first turn."""
+        if self.begun:
+            return
+        self.begun = True
         self.supervisor.counters.waiting += 1
         self._end(PromptCancelled("the owner of this prompt has ended"))
 
@@ -220,8 +241,14 @@ class SupervisedTask:
             self.check()
             if index < len(wrappers):
                 with self.abandonable("a wrapper"):
-                    async with entered(wrappers[index], result):
-                        await enter(index + 1)
+                    try:
+                        async with entered(wrappers[index], result):
+                            await enter(index + 1)
+                    except BaseExceptionGroup as group:
+                        error = without_echo(group, self._failure)
+                        if error is group:
+                            raise
+                        raise error from error.__cause__
                 return
             if gate is not None and alone:
                 admitted = True
@@ -282,7 +309,7 @@ class SupervisedTask:
             with scope:
                 return await function()
         except Exception as error:
-            if self.cancelled and _comes_of_cancellation(error):
+            if self.cancelled and comes_of_cancellation(error):
                 raise PromptCancelled("the prompt was cancelled") from error
             raise
         except get_cancelled_exc_class() as stop:
@@ -299,7 +326,7 @@ class SupervisedTask:
             native_cancel.take_back()
             raise PromptCancelled("the event loop is closing") from stop
         except BaseException as stop:
-            if not _ends_program(stop):
+            if not ends_program(stop):
                 raise
             self._interruption = stop
             self.cancelled = True
@@ -332,9 +359,47 @@ class SupervisedTask:
 
     def _end(self, error: Exception | None) -> None:
         self.ended = True
-        if self._span is not None:
-            describe_end(self._span, error, *self.tokens())
-            self._span = None
+        try:
+            for close in (self._close_accounts, self._close_span, self._close_turn, self._close_counters):
+                try:
+                    close(error)
+                except Exception as fault:
+                    # Whatever is wrong with our books, no reader may wait for ever; and none may take the
+                    # answer for one that is accounted.
+                    error = self._faulty(fault, error)
+        finally:
+            try:
+                self.finish(error)
+            except Exception:
+                logger.exception("The end of a prompt to %s could not be told", self.choice.model_id)
+            finally:
+                self.supervisor.forget(self)
+
+    def _faulty(self, fault: Exception, error: Exception | None) -> Exception:
+        if error is None:
+            return fault
+        logger.error("The books of a prompt to %s could not be closed", self.choice.model_id, exc_info=fault)
+        return error
+
+    def _close_accounts(self, error: Exception | None) -> None:
+        if error is None:
+            self.count_tokens()
+
+    def _close_span(self, error: Exception | None) -> None:
+        span, self._span = self._span, None
+        if span is not None:
+            describe_end(span, error, *self.tokens())
+
+    def _close_turn(self, error: Exception | None) -> None:
+        if self._turn is None:
+            return
+        try:
+            if error is not None and self.spoils_turn(error):
+                self._turn.undo()
+        finally:
+            self._turn.give_up()
+
+    def _close_counters(self, error: Exception | None) -> None:
         counters = self.supervisor.counters
         self.leave_phase(counters)
         if error is None or isinstance(error, llm.PauseChain):
@@ -344,12 +409,6 @@ class SupervisedTask:
         else:
             counters.failed += 1
             self.supervisor.prompt_failed(error)
-        if self._turn is not None:
-            if error is not None and self.spoils_turn(error):
-                self._turn.undo()
-            self._turn.give_up()
-        self.finish(error)
-        self.supervisor.forget(self)
 
     # Which of the two kinds of unfinished it is, for the statistics
 
@@ -382,32 +441,3 @@ class SupervisedTask:
             counters.running -= 1
         else:
             counters.waiting -= 1
-
-
-def misplaced(stop: BaseException) -> RuntimeError:
-    """Return the error of a prompt whose task was cancelled by code that it called."""
-    error = RuntimeError("asyncio code that a plugin or the model called cancelled the prompt's task")
-    error.__cause__ = stop
-    return error
-
-
-def _comes_of_cancellation(error: BaseException) -> bool:
-    """Whether an error was raised while a cancellation was handled, by a library that words it its way."""
-    stop = get_cancelled_exc_class()
-    pending: list[BaseException | None] = [error]
-    seen = set()
-    while pending:
-        found = pending.pop()
-        if found is None or id(found) in seen:
-            continue
-        if isinstance(found, stop):
-            return True
-        seen.add(id(found))
-        pending += [found.__cause__, found.__context__]
-    return False
-
-
-def _ends_program(error: BaseException) -> bool:
-    if isinstance(error, BaseExceptionGroup):
-        return error.subgroup((KeyboardInterrupt, SystemExit)) is not None
-    return isinstance(error, (KeyboardInterrupt, SystemExit))

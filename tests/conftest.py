@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import os
 import selectors
+import warnings
 from typing import TYPE_CHECKING, Any
 
+import llm.plugins
 import pytest
 import trio.testing
 from llm.default_plugins import openai_models
 
 # Other plugins that are installed have a say in every prompt: a test registers those it is about.
 os.environ["DATASETTE_LOAD_PLUGINS"] = "datasette-llm,datasette-secrets"
+# Those of providers look for models in files and on the network whenever llm lists its models: a test makes
+# the models that it is about. llm reads the variable when it is imported; processes that tests start do so.
+os.environ["LLM_LOAD_PLUGINS"] = llm.plugins.LLM_LOAD_PLUGINS = "llm-echo"
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -109,3 +115,12 @@ def _no_leftover_plugins() -> Iterator[None]:
     for pm, plugins in before:
         for plugin in set(pm.get_plugins()) - plugins:
             pm.unregister(plugin)
+
+
+@pytest.fixture
+def leaky_clients() -> Iterator[None]:
+    """Free the clients that a plugin has left open, before the next test has an event loop for them."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()

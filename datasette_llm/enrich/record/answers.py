@@ -1,0 +1,85 @@
+"""One compact row for each value: which run gave it, for which question, and what it took."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .keys import noted_key, noted_key_sql
+from .tables import ANSWERS_TABLE, QUESTION_INDEX
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Iterable, Sequence
+
+    from .runs import RunId
+
+_NOTE = f"""
+insert into {ANSWERS_TABLE} (job, pk, run, question, input_tokens, output_tokens, seconds, no_value)
+values (?, ?, ?, ?, ?, ?, ?, ?)
+on conflict (job, pk) do update set
+    run = excluded.run, question = excluded.question, input_tokens = excluded.input_tokens,
+    output_tokens = excluded.output_tokens, seconds = excluded.seconds, no_value = excluded.no_value
+"""
+
+
+class Answered(NamedTuple):
+    """A row that has its answer.
+
+    Attributes:
+        key: the row's key.
+        question: the hash of what was asked.
+        no_value: the answer was that there is none, which leaves the row's columns NULL.
+    """
+
+    key: Sequence[Any]
+    question: bytes
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    no_value: bool = False
+
+
+def note_answers(conn: sqlite3.Connection, run: RunId, answers: Iterable[Answered]) -> None:
+    """Record rows in the transaction that writes their values."""
+    seconds = max(0, int(time.time()) - run.began)
+    conn.executemany(
+        _NOTE,
+        [
+            (
+                run.job,
+                noted_key(answer.key),
+                run.run,
+                answer.question,
+                answer.input_tokens,
+                answer.output_tokens,
+                seconds,
+                int(answer.no_value),
+            )
+            for answer in answers
+        ],
+    )
+
+
+def find_answered(conn: sqlite3.Connection, job: int, question: bytes) -> Any:
+    """Return the noted key of a row of this job that was asked this very question, or ``None``."""
+    found = conn.execute(
+        f"select pk from {ANSWERS_TABLE} indexed by {QUESTION_INDEX}"  # SQLite would take the other one
+        " where job = ? and substr(question, 1, 4) = ? and question = ? and not no_value limit 1",
+        (job, question[:4], question),
+    ).fetchone()
+    return None if found is None else found[0]
+
+
+def has_no_value_sql(job: int, key: Sequence[str]) -> str:
+    """Return the SQL condition on a row: it was asked about, and the answer was that there is no value.
+
+    Args:
+        key: SQL expressions for the parts of the row's key, already quoted.
+    """
+    its = f"job = {int(job)} and pk = {noted_key_sql(key)}"
+    return f"exists (select 1 from {ANSWERS_TABLE} where {its} and no_value)"
+
+
+def question_sql(job: int, key: Sequence[str]) -> str:
+    """Return the SQL expression for the hash of the question that a row's value answers; NULL if unknown."""
+    return f"(select question from {ANSWERS_TABLE} where job = {int(job)} and pk = {noted_key_sql(key)})"

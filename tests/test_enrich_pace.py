@@ -134,6 +134,40 @@ def test_what_was_there_before_a_job_is_collected_after_it() -> None:
     assert seen
 
 
+def test_jobs_that_always_overlap_keep_no_garbage_for_ever() -> None:
+    class Node:
+        other: Node
+
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(found, Node) for found in gc.get_objects())
+
+    running = spare_older_objects()
+    running.__enter__()
+    for _ in range(5):
+        node = Node()
+        node.other = node
+        del node
+        following = spare_older_objects()
+        following.__enter__()  # The job before is still running: there is no moment without one.
+        running.__exit__(None, None, None)
+        running = following
+    assert alive() == 0
+    running.__exit__(None, None, None)
+    assert gc.get_freeze_count() == 0
+
+
+def test_a_process_that_freezes_its_objects_meanwhile_keeps_them_frozen() -> None:
+    kept: list[list[int]] = []
+    try:
+        with spare_older_objects():
+            kept += ([number] for number in range(5_000))
+            gc.freeze()
+        assert gc.get_freeze_count() > collector.FROZEN_BY_PYTHON
+    finally:
+        gc.unfreeze()
+
+
 def test_a_process_that_froze_its_objects_keeps_them_frozen() -> None:
     gc.freeze()
     try:

@@ -18,29 +18,29 @@ if TYPE_CHECKING:
 # CPython 3.12 begins with 375 of its own.
 FROZEN_BY_PYTHON = 1_000
 
-_jobs = 0
 # Event loops of several threads may have jobs.
 _lock = threading.Lock()
 
 
 @contextmanager
 def spare_older_objects() -> Iterator[None]:
-    """Leave out of garbage collections, until the last such block ends, what exists at its beginning.
+    """Leave out of garbage collections, while inside, what exists at the beginning.
 
-    Reference counts free objects as always; cycles among the older ones wait for the end. A process
-    that has frozen objects itself (``gc.freeze()``) is left as it is.
+    Reference counts free objects as always; cycles among the older ones wait for the end. Of blocks that
+    overlap only the first one freezes, and ends it: freezing again would keep the garbage of every job
+    until none is running, which in a busy server is never. A process that has frozen objects itself
+    (``gc.freeze()``), before or meanwhile, is left as it is.
     """
-    global _jobs
     with _lock:
-        left_alone = _jobs == 0 and gc.get_freeze_count() > FROZEN_BY_PYTHON
-        if not left_alone:
-            _jobs += 1
+        ours = gc.get_freeze_count() <= FROZEN_BY_PYTHON
+        if ours:
             gc.freeze()
+            frozen = gc.get_freeze_count()
     try:
         yield
     finally:
-        if not left_alone:
+        if ours:
             with _lock:
-                _jobs -= 1
-                if _jobs == 0:
+                # Reference counts only ever make them fewer: if they are more, somebody else froze some.
+                if gc.get_freeze_count() <= frozen:
                     gc.unfreeze()

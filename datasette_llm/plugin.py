@@ -75,6 +75,16 @@ def register_llm_purposes(datasette: Datasette) -> list[Purpose]:
     return [ENRICHMENTS] if is_possible() else []
 
 
+@hookimpl
+def permission_resources_sql(datasette: Datasette, actor: dict[str, Any] | None, action: str) -> Any:
+    """Keep tables that quote from others from those who may not see the others."""
+    if action != "view-table":
+        return None
+    from .pages.own_tables import hidden_tables
+
+    return hidden_tables(datasette, actor)
+
+
 @hookimpl(optionalhook=True)  # A hook of datasette-enrichments.
 def register_enrichments(datasette: Datasette) -> list[Any]:
     """Offer bulk enrichment in the table's own page."""

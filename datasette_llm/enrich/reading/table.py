@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 Affinity = Literal["INTEGER", "TEXT", "BLOB", "REAL", "NUMERIC"]
 SQLValue: TypeAlias = int | float | str | bytes | None
 
+# What this package keeps about the tables of a database is in tables whose names begin so.
+OWN_PREFIX = "_llm_"
+
 ROWID_NAMES = ("rowid", "_rowid_", "oid")
 
 
@@ -122,6 +125,10 @@ def read_table(conn: sqlite3.Connection, name: str) -> Table:
     if found is None:
         tables = [table for table, (kind, _) in kinds.items() if kind == "table" and table[0] != "_"]
         raise EnrichInputError(f"There is no table {name!r}: {nearest(name, sorted(tables))}")
+    if found.lower().startswith(OWN_PREFIX):
+        raise EnrichInputError(
+            f"{found!r} is a table of this program's own, about the other tables: enrich one of those"
+        )
     kind, sql = kinds[found]
     if kind == "view":
         raise EnrichInputError(

@@ -130,6 +130,14 @@ def llm_group() -> None:
     metavar="DURATION",
     help="Stop after this time: 90s, 45m, 1h30m. Prompts in flight are completed.",
 )
+@click.option(
+    "--lock-timeout",
+    type=Duration(),
+    default=60.0,
+    show_default="60s",
+    metavar="DURATION",
+    help="Wait so long for a database that is locked or cannot be written; answers are kept meanwhile.",
+)
 @click.option("--backend", type=click.Choice(["asyncio", "trio"]), default="asyncio", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress and no summary, only errors.")
@@ -169,6 +177,10 @@ def enrich_command(
     or does not fit the schema; the summary says how many of each, and what to do. Reasoning
     (<think>...</think>) and white space around an answer are left out. A row whose prompt is empty,
     because its column is, is skipped: nothing is sent, and nothing is wrong.
+
+    While another program has the database locked, or its disk is full, nothing is sent. After
+    --lock-timeout the job ends, and leaves the answers that are not in the table in a file beside the
+    database, DATABASE-llm-answers.jsonl. The next run writes those first.
 
     Ctrl-C stops: prompts in flight get a few seconds, what was answered is written, and the command
     to go on with is shown. A second Ctrl-C stops at once.
@@ -406,7 +418,7 @@ def _given(ctx: click.Context) -> list[tuple[str, str | None]]:
         value = ctx.params[param.name]
         if param.name == "key":
             given.append((flag, value if _is_stored_key(value) else "YOUR_KEY"))
-        elif param.name == "deadline":
+        elif param.name in ("deadline", "lock_timeout"):
             given.append((flag, f"{value:g}s"))
         elif param.is_flag:
             given.append((flag, None))

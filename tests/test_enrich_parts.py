@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sqlite3
 import sys
@@ -139,11 +140,11 @@ async def test_a_table_that_is_dropped_meanwhile_ends_the_job_clearly(tmp_path: 
         file.run("drop table t")
         yield "too late"
 
-    with (
-        fake_model(answer),
-        pytest.raises(EnrichError, match=r"cannot be written: no such table: (main\.)?t"),
-    ):
-        await file.enrich("t", "{{ body }}", column="answer")
+    with fake_model(answer):
+        report = await file.enrich("t", "{{ body }}", column="answer")
+    assert (report.stopped, report.written, report.in_side_file) == ("database", 0, 1)
+    assert re.search(r"cannot be written: no such table: (main\.)?t", report.summary())
+    assert exit_code(report) == 1
     file.close()
 
 

@@ -12,7 +12,7 @@ from datasette_llm import enrich
 from datasette_llm.backends.datasette_side import call
 from datasette_llm.enrich import EnrichError, EnrichInputError, database, plan
 from datasette_llm.enrich.reading import selection
-from datasette_llm.enrich.writing import landing, writer
+from datasette_llm.enrich.writing import landing
 
 from .enrich_tables import TableFile, fake_model
 
@@ -414,7 +414,6 @@ async def test_a_database_that_stays_locked_is_waited_for_and_then_said(
 ) -> None:
     file = make("create table t (body, answer)", "insert into t(body) values ('a')")
     monkeypatch.setattr(database, "LOCKED_SECONDS", 0.3)
-    monkeypatch.setattr(writer, "LOCKED_SECONDS", 0.3)
     datasette = file.datasette(settings={"num_sql_threads": 1})
     await impatient(datasette)
     other = sqlite3.connect(file.path)
@@ -428,7 +427,7 @@ async def test_a_database_that_stays_locked_is_waited_for_and_then_said(
     assert report.written == 1
 
 
-async def read_nothing(database: Any) -> None:
+async def read_nothing(database: Any, **kwargs: Any) -> None:
     pass
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .database import LOCKED_SECONDS
 from .errors import AlreadyRunning, EnrichError, EnrichInputError
 from .job import EnrichJob
 from .spec import JobSpec
@@ -52,6 +53,7 @@ async def enrich(
     max_tokens_total: int | None = None,
     deadline: float | None = None,
     on_progress: Callable[[EnrichProgress], Any] | None = None,
+    lock_timeout: float = LOCKED_SECONDS,
     key: str | None = None,
 ) -> EnrichReport:
     """Run a prompt for every row that has no value yet, and write the answers into the table.
@@ -88,15 +90,21 @@ async def enrich(
         max_tokens_total: stop when about so many tokens, in and out, are spent.
         deadline: stop after so many seconds; prompts in flight are still completed.
         on_progress: called a few times a second with an `EnrichProgress`; may be async.
+        lock_timeout: how many seconds a database is waited for that is locked, or cannot be written
+            for another reason that may pass (a full disk, no file descriptor left). Then the job stops,
+            and the answers that are not in the table are in ``<database>-llm-answers.jsonl``, which
+            the next run takes up first.
         key: an API key, instead of the configured one.
 
     Returns:
-        What was done; ``report.failed`` counts the rows that failed.
+        What was done; ``report.failed`` counts the rows that failed, and ``report.written`` those whose
+        values are in the table.
 
     Raises:
         EnrichInputError: what was asked cannot be done; nothing was sent and nothing was written.
         AlreadyRunning: another job is writing to this column.
-        EnrichError: the database stayed locked, or cannot be written.
+        EnrichError: the database was locked from the start, or cannot be read. One that cannot be
+            written any more later on ends the job: ``report.stopped`` is ``"database"`` then.
         ModelNotFoundError: there is no such model, or not for this actor and purpose.
     """
     spec = JobSpec(
@@ -121,6 +129,7 @@ async def enrich(
         max_failures=max_failures,
         max_tokens_total=max_tokens_total,
         deadline=deadline,
+        lock_timeout=lock_timeout,
         key=key,
     )
     return await EnrichJob(datasette, spec, on_progress=on_progress).run()

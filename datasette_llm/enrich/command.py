@@ -21,7 +21,7 @@ from datasette_llm._compat import BaseExceptionGroup
 from datasette_llm.access.starting import warn
 from datasette_llm.backends.datasette_side import call, open_side
 
-from .database import recover
+from .database import LOCKED_SECONDS, recover
 from .job import EnrichJob, raise_bare
 from .telling.words import counted
 
@@ -43,15 +43,21 @@ EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
 
 
 @asynccontextmanager
-async def started_datasette(make: Callable[[], Any]) -> AsyncIterator[Any]:
-    """Start a Datasette without a server, and shut it down again."""
+async def started_datasette(
+    make: Callable[[], Any], *, lock_timeout: float = LOCKED_SECONDS
+) -> AsyncIterator[Any]:
+    """Start a Datasette without a server, and shut it down again.
+
+    Args:
+        lock_timeout: how many seconds a locked database is waited for.
+    """
     async with open_side():
         datasette = await call(make)
         try:
             # Starting reads the schemas, on connections that may not write.
             for database in datasette.databases.values():
                 if database.path is not None and database.is_mutable:
-                    await recover(database)
+                    await recover(database, patience_seconds=lock_timeout)
             await call(datasette.invoke_startup)
             if hasattr(datasette, "add_background_task"):  # That of our own startup runs in servers.
                 await call(warn, datasette)
@@ -66,7 +72,7 @@ async def started_datasette(make: Callable[[], Any]) -> AsyncIterator[Any]:
 
 async def run_job(make_datasette: Callable[[], Any], spec: JobSpec, display: Display) -> EnrichReport:
     """Run a job on the one database of a Datasette, under the signals of a terminal."""
-    async with started_datasette(make_datasette) as datasette:
+    async with started_datasette(make_datasette, lock_timeout=spec.lock_timeout) as datasette:
         spec = replace(spec, database=next(iter(datasette.databases)))
         job = EnrichJob(datasette, spec, on_progress=display.update)
         try:
@@ -101,10 +107,11 @@ async def _obey_signals(job: EnrichJob, display: Display, *, task_status: anyio.
 
 
 def exit_code(report: EnrichReport) -> int:
-    """Return the exit code for a report: 0, 1 if rows failed, 130 or 143 after a signal."""
+    """Return the exit code: 0, 1 if rows failed or could not be written, 130 or 143 after a signal."""
     if report.stopped in EXIT_CODES:
         return EXIT_CODES[report.stopped]
-    return EXIT_FAILED_ROWS if report.failed else 0
+    incomplete = report.failed or report.in_side_file or report.lost or report.stopped == "database"
+    return EXIT_FAILED_ROWS if incomplete else 0
 
 
 def go_on(report: EnrichReport, arguments: Sequence[str], options: Sequence[tuple[str, str | None]]) -> str:

@@ -5,6 +5,7 @@ Datasette's write thread prints whatever is raised there to stderr, so errors co
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -13,8 +14,9 @@ import anyio
 
 from datasette_llm.backends.datasette_side import call
 
-from .errors import EnrichError, EnrichInputError
+from .errors import DatabaseError, EnrichInputError
 from .reading.table import nearest
+from .trouble import Watch, is_locked, trouble_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +25,7 @@ T = TypeVar("T")
 
 # For all the tries together. Longer than a backup of a large file takes, shorter than a night of doing
 # nothing.
-LOCKED_SECONDS = 120.0
+LOCKED_SECONDS = 60.0
 # For one try. A writer that waits for a reader to end keeps new readers out meanwhile: with SQLite's
 # usual five seconds one forgotten cursor would keep Datasette's pages waiting that long.
 LOCKED_SECONDS_PER_TRY = 0.25
@@ -50,75 +52,118 @@ def find_database(datasette: Any, name: str) -> Any:
     return database
 
 
-async def read(database: Any, function: Callable[[sqlite3.Connection], T]) -> T:
+async def read(
+    database: Any, function: Callable[[sqlite3.Connection], T], *, watch: Watch | None = None
+) -> T:
     """Run ``function`` on a read connection, without Datasette's time limit for queries.
 
-    A locked database is waited for.
+    Trouble that may pass is waited for, as long as ``watch`` says.
 
     Raises:
-        EnrichError: it stayed locked, or SQLite refuses.
+        DatabaseError: it did not pass, or SQLite refuses.
     """
-    began = anyio.current_time()
+    watch = watch or Watch(LOCKED_SECONDS)
     while True:
         try:
-            return cast("T", await call(database.execute_fn, function))
+            value = cast("T", await call(database.execute_fn, function))
         except sqlite3.Error as error:
-            if not is_locked(error):
-                raise EnrichError(f"The database {database.name!r} cannot be read: {error}") from error
-        await _wait_for_lock(database, began, LOCKED_SECONDS)
+            trouble = trouble_of(error, database)
+            if trouble is None:
+                raise DatabaseError(f"The database {database.name!r} cannot be read: {error}") from error
+            watch.begin(trouble)
+            if watch.is_over:
+                raise _gave_up(database, error, watch) from error
+        else:
+            watch.end()
+            return value
+        await anyio.sleep(LOCKED_PAUSE_SECONDS)
 
 
-async def recover(database: Any) -> None:
+async def recover(database: Any, *, patience_seconds: float | None = None) -> None:
     """Have SQLite undo what a killed program left half written: only a connection that may write can."""
-    await write(database, lambda conn: conn.execute("select count(*) from sqlite_master").fetchone())
+
+    def look(conn: sqlite3.Connection) -> None:
+        conn.execute("select count(*) from sqlite_master").fetchone()
+
+    await write(database, look, patience_seconds=patience_seconds)
 
 
 async def write(
-    database: Any, function: Callable[[sqlite3.Connection], T], *, patience_seconds: float = LOCKED_SECONDS
+    database: Any, function: Callable[[sqlite3.Connection], T], *, patience_seconds: float | None = None
 ) -> T:
     """Run ``function`` on the write connection; it begins and ends its own transaction.
 
-    A locked database is waited for, in short tries. A try that has begun is never cancelled, since the
-    write thread would finish it all the same; the waits in between can be, and then nothing was written.
+    A locked database is waited for (`LOCKED_SECONDS` by default), in short tries. The waits in between can
+    be cancelled, and then nothing was written.
 
     Raises:
-        EnrichError: it stayed locked, or SQLite refuses.
+        DatabaseError: it stayed locked, or SQLite refuses.
     """
+    watch = Watch(LOCKED_SECONDS if patience_seconds is None else patience_seconds)
+    while True:
+        outcome = await _try_to_write(database, function)
+        if not isinstance(outcome, _Failed):
+            return outcome
+        if not is_locked(outcome.error):
+            raise _refused(database, outcome.error)
+        watch.begin("")
+        if watch.is_over:
+            raise _gave_up(database, outcome.error, watch)
+        await anyio.sleep(LOCKED_PAUSE_SECONDS)
+
+
+async def write_once(database: Any, function: Callable[[sqlite3.Connection], T]) -> T:
+    """Run ``function`` on the write connection, as `write` does, in one short try.
+
+    Raises:
+        DatabaseError: SQLite refuses; its ``trouble`` says what that is, if it may pass.
+    """
+    outcome = await _try_to_write(database, function)
+    if isinstance(outcome, _Failed):
+        raise _refused(database, outcome.error)
+    return outcome
+
+
+async def _try_to_write(database: Any, function: Callable[[sqlite3.Connection], T]) -> T | _Failed:
+    done: list[T] = []
 
     def attempt(conn: sqlite3.Connection) -> T | _Failed:
-        usual = conn.execute("pragma busy_timeout").fetchone()[0]
-        conn.execute(f"pragma busy_timeout = {int(LOCKED_SECONDS_PER_TRY * 1000)}")
+        usual = None
         try:
-            return function(conn)
+            usual = conn.execute("pragma busy_timeout").fetchone()[0]
+            conn.execute(f"pragma busy_timeout = {int(LOCKED_SECONDS_PER_TRY * 1000)}")
+            done.append(function(conn))
+            return done[0]
         except sqlite3.Error as error:
-            if conn.in_transaction:
-                conn.rollback()
+            with contextlib.suppress(sqlite3.Error):  # A disk that fails may fail here as well.
+                if conn.in_transaction:
+                    conn.rollback()
             return _Failed(error)
         finally:
-            conn.execute(f"pragma busy_timeout = {usual}")
+            if usual is not None:
+                conn.execute(f"pragma busy_timeout = {usual}")
 
-    began = anyio.current_time()
-    while True:
-        with anyio.CancelScope(shield=True):
+    # Never cancelled: the write thread would finish it all the same.
+    with anyio.CancelScope(shield=True):
+        try:
             outcome = await call(database.execute_write_fn, attempt, transaction=False)
-        if not isinstance(outcome, _Failed):
-            return cast("T", outcome)
-        if not is_locked(outcome.error):
-            raise EnrichError(f"The database {database.name!r} cannot be written: {outcome.error}")
-        await _wait_for_lock(database, began, patience_seconds)
+        except sqlite3.Error as error:
+            # There is no connection; or a hook that Datasette calls before and after failed. What it calls
+            # after comes too late: that was committed.
+            outcome = done[0] if done else _Failed(error)
+    return cast("T | _Failed", outcome)
 
 
-def is_locked(error: Exception) -> bool:
-    """Say whether SQLite gave up because another connection holds a lock."""
-    text = str(error)
-    return isinstance(error, sqlite3.OperationalError) and ("locked" in text or "busy" in text)
+def _refused(database: Any, error: sqlite3.Error) -> DatabaseError:
+    message = f"The database {database.name!r} cannot be written: {error}"
+    return DatabaseError(message, trouble_of(error, database))
 
 
-async def _wait_for_lock(database: Any, began: float, patience_seconds: float) -> None:
-    waited = anyio.current_time() - began
-    if waited >= patience_seconds:
-        raise EnrichError(
-            f"Another program has kept the database {database.name!r} locked for {waited:.0f} seconds: "
-            "close what holds it and run this again"
-        )
-    await anyio.sleep(LOCKED_PAUSE_SECONDS)
+def _gave_up(database: Any, error: sqlite3.Error, watch: Watch) -> DatabaseError:
+    if not is_locked(error):
+        return DatabaseError(f"The database {database.name!r} cannot be read: {error}", watch.trouble)
+    return DatabaseError(
+        f"Another program has kept the database {database.name!r} locked for {watch.waited:.0f} seconds: "
+        "close what holds it and run this again",
+        watch.trouble,
+    )

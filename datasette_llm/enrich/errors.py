@@ -11,6 +11,18 @@ class EnrichInputError(EnrichError, ValueError):
     """What was asked cannot be done: nothing was sent and nothing was written."""
 
 
+class DatabaseError(EnrichError):
+    """The database cannot be read or written.
+
+    Attributes:
+        trouble: what is in the way, in words, if it is something that may pass; else ``None``.
+    """
+
+    def __init__(self, message: str, trouble: str | None = None) -> None:
+        super().__init__(message)
+        self.trouble = trouble
+
+
 class AlreadyRunning(EnrichError):
     """Another job is writing to the same column right now."""
 

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -25,17 +24,19 @@ from datasette_llm.backends.datasette_side import open_side
 from datasette_llm.errors import PromptCancelled
 
 from .collector import spare_older_objects
-from .errors import EnrichError, RowError
+from .errors import DatabaseError, EnrichError, RowError
 from .ledger import Ledger
 from .plan import make_plan
 from .reading.pages import count_rows, read_rows
 from .spacing import Spacing
 from .telling.kinds import kind_of
 from .telling.report import EnrichReport
+from .trouble import Watch
 from .writing.answers import check_finish
 from .writing.landing import Result
 from .writing.lock import only_job
 from .writing.skipped import Forgetter
+from .writing.take_up import side_file_of, take_up
 from .writing.writer import Writer
 
 if TYPE_CHECKING:
@@ -119,6 +120,8 @@ class EnrichJob:
             ledger.cancel_at = min(ledger.cancel_at, anyio.current_time() + grace_seconds)
             if self._prompting is not None:
                 self._prompting.deadline = ledger.cancel_at
+            for watch in ledger.watches:
+                watch.hurry(grace_seconds)
 
     async def run(self) -> EnrichReport:
         """Run the job to its end.
@@ -142,6 +145,7 @@ class EnrichJob:
                 await plan.preview(report)
             else:
                 with only_job(plan.database, plan.table.name, columns), spare_older_objects():
+                    plan = await self._take_up(plan, report)
                     if await plan.check_first_row():
                         await self._run_prompts(plan, report)
                     else:
@@ -161,7 +165,7 @@ class EnrichJob:
                         report.model = model.model_id
                         self._spec.check_model(model, plan.schema)
                         plan = await plan.with_columns()
-                        writer = Writer(plan, model.model_id, partial(self._settle, report))
+                        writer = self._open_writer(plan, report)
                         tasks.start_soon(_run_then_set, writer, written)
                         tasks.start_soon(self._keep_counting, plan, report)
                         tasks.start_soon(self._keep_reporting, report)
@@ -195,17 +199,18 @@ class EnrichJob:
                 if model.refusal is not None:
                     # Every other row would fail alike.
                     self.stop("key_refused")
-                await writer.add(self._failure(item.row, error, attempts=response.attempts))
+                writer.add(self._failure(item.row, error, attempts=response.attempts))
             else:
                 self._ledger.answer()
                 self._spacing.answered(anyio.current_time() - item.pulled)
-                await writer.add(Result(item.row, values))
+                writer.add(Result(item.row, values))
 
     async def _work(self, model: Any, plan: Plan, writer: Writer) -> AsyncGenerator[_Work, None]:
         """Yield the prompts until the rows, or the reasons to go on, run out."""
         ledger, forgetter = self._ledger, Forgetter(plan)
-        async with aclosing(read_rows(plan.database, plan.source)) as rows:
+        async with aclosing(self._rows(plan)) as rows:
             async for row in rows:
+                await writer.ready()
                 if ledger.is_over():
                     break
                 try:
@@ -213,7 +218,7 @@ class EnrichJob:
                 except RowError as error:
                     ledger.pull(row)
                     ledger.answer(error)
-                    await writer.add(self._failure(row, error, attempts=0))
+                    writer.add(self._failure(row, error, attempts=0))
                     continue
                 if not prompt:
                     ledger.skip(row)
@@ -226,6 +231,47 @@ class EnrichJob:
                         await anyio.sleep(wait)
                     yield _Work(row, prompt, now + wait)
         await forgetter.flush()
+
+    async def _rows(self, plan: Plan) -> AsyncGenerator[Row, None]:
+        """Yield the rows of the table, as long as it can be read."""
+        watch = Watch(self._spec.lock_timeout)
+        self._ledger.watches.append(watch)
+        try:
+            async with aclosing(read_rows(plan.database, plan.source, watch=watch)) as rows:
+                async for row in rows:
+                    yield row
+        except DatabaseError as error:
+            self._stop_for(str(error))
+
+    async def _take_up(self, plan: Plan, report: EnrichReport) -> Plan:
+        """Write the answers that an earlier run had to leave in the side file."""
+        taken = await take_up(plan, patience_seconds=self._spec.lock_timeout)
+        report.taken_up, report.outdated = taken.written, taken.dropped
+        return taken.plan
+
+    def _open_writer(self, plan: Plan, report: EnrichReport) -> Writer:
+        side_file = side_file_of(plan)
+
+        def settle(outcome: Outcome) -> None:
+            if outcome.set_aside:
+                report.side_file = str(side_file.path)
+            self._settle(report, outcome)
+
+        writer = Writer(
+            plan,
+            self._ledger.model.model_id,
+            side_file,
+            settle,
+            self._stop_for,
+            patience_seconds=self._spec.lock_timeout,
+        )
+        self._ledger.watches.append(writer.watch)
+        return writer
+
+    def _stop_for(self, trouble: str) -> None:
+        """Stop since the database cannot be used; prompts in flight are paid for, and completed."""
+        self._ledger.trouble = self._ledger.trouble or trouble
+        self.stop("database", grace_seconds=DEADLINE_GRACE_SECONDS)
 
     def _settle(self, report: EnrichReport, outcome: Outcome) -> None:
         self._ledger.settle(report, outcome)
@@ -253,7 +299,7 @@ class EnrichJob:
             report.remaining = None if report.total is None else max(0, report.total - report.done)
             report.resume_where = self._ledger.resume_where(plan.rows)
         else:
-            with anyio.move_on_after(RECOUNT_SECONDS):
+            with anyio.move_on_after(RECOUNT_SECONDS), suppress(DatabaseError):
                 counted = await count_rows(plan.database, plan.source)
                 # Rows that were skipped have no value either; their records are gone.
                 skipped = 0 if self._spec.retry_failed else report.skipped

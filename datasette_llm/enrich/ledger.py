@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .reading.table import SQLValue
     from .spec import JobSpec
     from .telling.report import EnrichReport, StopReason
+    from .trouble import Watch
     from .writing.landing import Outcome
 
 # So many failures with no success between them, and a job ends that has no limit of its own: the provider
@@ -37,6 +38,8 @@ class Ledger:
         model: the group's model, once there is one.
         skipped: rows that there was nothing to ask about.
         counted: rows that were to do when they were counted, whatever the limit; ``None`` until then.
+        watches: what may keep the job waiting for its database.
+        trouble: what keeps the database from being used, if that is why the job stops.
     """
 
     def __init__(self, spec: JobSpec) -> None:
@@ -45,6 +48,8 @@ class Ledger:
         self.stopping: StopReason | None = None
         self.cancel_at = math.inf
         self.model: Any = None
+        self.watches: list[Watch] = []
+        self.trouble: str | None = None
         self.began = 0.0
         self.skipped = 0
         self.counted: int | None = None
@@ -88,7 +93,9 @@ class Ledger:
         report.written += len(outcome.written)
         report.failed += len(outcome.failed)
         report.changed += len(outcome.changed)
-        for results in (outcome.written, outcome.failed, outcome.changed):
+        report.in_side_file += len(outcome.set_aside)
+        report.lost += len(outcome.lost)
+        for results in (outcome.written, outcome.failed, outcome.changed, outcome.set_aside):
             for result in results:
                 self._unsettled.pop(result.row.key, None)
         for result in outcome.failed:
@@ -143,6 +150,7 @@ class Ledger:
         progress.input_tokens, progress.output_tokens = stats.input_tokens, stats.output_tokens
         progress.elapsed = self.elapsed
         progress.stopping = self.stopping
+        progress.waiting = next((str(watch) for watch in self.watches if watch.trouble), None)
 
     def count(self, report: EnrichReport) -> None:
         """Enter what needs no transaction: the rows skipped and, as far as it is known, the total."""
@@ -154,6 +162,7 @@ class Ledger:
     def close(self, report: EnrichReport) -> None:
         """Complete the report with what is known at the end."""
         report.stopped = self.stopping
+        report.trouble = self.trouble
         report.elapsed = self.elapsed
         self.count(report)
         report.cancelled = self.in_flight

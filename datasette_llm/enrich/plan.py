@@ -106,7 +106,7 @@ async def make_plan(datasette: Any, spec: JobSpec) -> Plan:
     """
     spec.check()
     database = find_database(datasette, spec.database)
-    await recover(database)
+    await recover(database, patience_seconds=spec.lock_timeout)
     table = await read(database, partial(read_table, name=spec.table))
     template = PromptTemplate(spec.prompt, table.column_names)
     schema = None if spec.schema is None else read_schema(spec.schema)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from .database import LOCKED_SECONDS
 from .errors import EnrichInputError
 from .reading.table import nearest
 
@@ -60,6 +61,7 @@ class JobSpec:
     max_failures: int | None = None
     max_tokens_total: int | None = None
     deadline: float | None = None
+    lock_timeout: float = LOCKED_SECONDS
     key: str | None = field(default=None, repr=False)
     only: NamedRows | None = None
 
@@ -73,6 +75,8 @@ class JobSpec:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise EnrichInputError(f"{name} must be more than 0, not {value}")
+        if not self.lock_timeout >= 0:
+            raise EnrichInputError(f"lock_timeout must not be less than 0, as {self.lock_timeout} is")
 
     def prompt_keywords(self, schema: dict[str, Any] | None) -> dict[str, Any]:
         """Return what every prompt of the job is sent with."""

@@ -11,16 +11,23 @@ from .selection import FIRST_PAGE_ROWS, PAGE_ROWS
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
+    from ..trouble import Watch
     from .selection import Row, Source
     from .table import SQLValue
 
 
-async def read_rows(database: Any, source: Source) -> AsyncGenerator[Row, None]:
-    """Yield the rows in the order of their keys. Nothing is held open between two of them."""
+async def read_rows(
+    database: Any, source: Source, *, watch: Watch | None = None
+) -> AsyncGenerator[Row, None]:
+    """Yield the rows in the order of their keys. Nothing is held open between two of them.
+
+    Raises:
+        DatabaseError: the database cannot be read, and ``watch`` has no more patience.
+    """
     after: tuple[SQLValue, ...] | None = None
     size = FIRST_PAGE_ROWS
     while True:
-        rows, after = await read(database, partial(source.page, after=after, size=size))
+        rows, after = await read(database, partial(source.page, after=after, size=size), watch=watch)
         for row in rows:
             yield row
         if after is None:

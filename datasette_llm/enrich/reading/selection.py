@@ -11,8 +11,8 @@ import sqlite3
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
-from ..database import is_locked
 from ..errors import EnrichInputError
+from ..trouble import is_locked
 from ..writing.failures import ERRORS_TABLE, has_errors_table, key_from_stored
 from .table import ROWID_NAMES, quote
 

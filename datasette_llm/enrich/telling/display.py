@@ -118,6 +118,8 @@ def _format(progress: EnrichProgress, columns: int) -> str:
 def _counts(progress: EnrichProgress, columns: int) -> str:
     narrow = columns < NARROW_COLUMNS
     parts = []
+    if progress.waiting:
+        parts.append(f"waiting: {progress.waiting}")
     if progress.stopping:
         parts.append("stopping")
     if progress.failed:
@@ -152,6 +154,8 @@ def line(progress: EnrichProgress) -> str:
     parts.append(f"{rate:,.1f} rows/s")
     if progress.total is not None and rate:
         parts.append(f"{duration((progress.total - progress.done) / rate)} left")
+    if progress.waiting:
+        parts.append(f"waiting: {progress.waiting}")
     if progress.failed:
         parts.append(f"{progress.failed:,} failed")
     if progress.skipped:

@@ -12,10 +12,19 @@ if TYPE_CHECKING:
     from ..reading.table import SQLValue
 
 StopReason = Literal[
-    "deadline", "failing", "key_refused", "max_failures", "max_tokens_total", "SIGINT", "SIGTERM", "stopped"
+    "database",
+    "deadline",
+    "failing",
+    "key_refused",
+    "max_failures",
+    "max_tokens_total",
+    "SIGINT",
+    "SIGTERM",
+    "stopped",
 ]
 
 _STOPPED = {
+    "database": "the database could not be used",
     "deadline": "the deadline has passed",
     "failing": "a hundred prompts in a row failed; --max-failures N allows N failures",
     "key_refused": "the API key is refused",
@@ -69,6 +78,7 @@ class EnrichProgress:
         output_tokens: tokens received.
         elapsed: seconds since the job began.
         stopping: why it is stopping, if it is.
+        waiting: what keeps the database from being used and since when, in words: nothing is sent then.
     """
 
     total: int | None = None
@@ -83,6 +93,7 @@ class EnrichProgress:
     output_tokens: int = 0
     elapsed: float = 0.0
     stopping: StopReason | None = None
+    waiting: str | None = None
 
     @property
     def rows_per_second(self) -> float:
@@ -105,6 +116,13 @@ class EnrichReport:
             out: their answers were dropped, and those that still lack a value are for the next run.
         skipped: rows whose prompt is empty: nothing was sent, and nothing is wrong. They are not counted
             in a limit. Of a dry run: how many of the rows shown.
+        in_side_file: rows whose values could not be written and are in ``side_file``, which the next run
+            takes up first. Rows sent are those written, failed, changed, in the side file, lost and
+            cancelled.
+        side_file: its path.
+        lost: rows whose answers could be written nowhere.
+        taken_up: rows that got the values which an earlier run had left in a side file.
+        outdated: answers of an earlier run that were dropped: their rows were deleted, edited or filled.
         cancelled: prompts that were in flight when the job was stopped and had no answer yet.
         remaining: rows that this run did not get to, if that is known.
         retries: model calls beyond the first of a prompt.
@@ -113,6 +131,7 @@ class EnrichReport:
         elapsed: seconds.
         write_seconds: the part of them during which a write was under way.
         stopped: why it ended before the last row, or ``None``.
+        trouble: what kept the database from being used, if that is why.
         failures: the kinds of failures, most frequent first.
         prompts: the first prompts; only of a dry run.
         dry_run: nothing was sent and nothing was written.
@@ -129,6 +148,11 @@ class EnrichReport:
     failed: int = 0
     changed: int = 0
     skipped: int = 0
+    in_side_file: int = 0
+    side_file: str | None = None
+    lost: int = 0
+    taken_up: int = 0
+    outdated: int = 0
     cancelled: int = 0
     remaining: int | None = None
     retries: int = 0
@@ -137,6 +161,7 @@ class EnrichReport:
     elapsed: float = 0.0
     write_seconds: float = 0.0
     stopped: StopReason | None = None
+    trouble: str | None = None
     failures: list[FailureKind] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
     dry_run: bool = False
@@ -170,17 +195,24 @@ class EnrichReport:
         if self.dry_run:
             return self._dry_summary(where)
         skipped = f"{counted(self.skipped, 'row')} skipped: nothing to ask"
-        if self.done == self.skipped and not self.stopped:
+        lines = self._taken_up()
+        if self.done == self.skipped and not self.stopped and not self.in_side_file and not self.lost:
             if not self.skipped:
-                return f"Nothing left to do: no row of {where} is waiting for a value."
-            return f"Nothing left to do: each row of {where} without a value has an empty prompt.\n{skipped}"
-        lines = [f"{counted(self.written, 'row')} of {where} written with {self.model}"]
+                lines.append(f"Nothing left to do: no row of {where} is waiting for a value.")
+            else:
+                lines.append(f"Nothing left to do: each row of {where} without a value has an empty prompt.")
+                lines.append(skipped)
+            return "\n".join(lines)
+        lines.append(f"{counted(self.written, 'row')} of {where} written with {self.model}")
         if self.stopped:
             left = f", {counted(self.remaining, 'row')} left" if self.remaining is not None else ""
-            lines.append(f"Stopped early: {_STOPPED[self.stopped]}{left}")
+            lines.append(f"Stopped early: {self.trouble or _STOPPED[self.stopped]}{left}")
+        lines += self._unwritten()
         if self.failed:
             each = "it" if self.failed == 1 else "each"
-            lines.append(f"{counted(self.failed, 'row')} failed ({each} is in _llm_enrich_errors):")
+            # Their records may be in the side file, or nowhere.
+            recorded = "" if self.trouble else f" ({each} is in _llm_enrich_errors)"
+            lines.append(f"{counted(self.failed, 'row')} failed{recorded}:")
             lines += map(_failure_line, self.failures)
         if self.skipped:
             lines.append(skipped)
@@ -197,6 +229,29 @@ class EnrichReport:
             f"{duration(self.elapsed)}, {self.rows_per_second:,.1f} rows/s{retried}"
         )
         return "\n".join(lines)
+
+    def _taken_up(self) -> list[str]:
+        lines = []
+        if self.taken_up:
+            lines.append(
+                f"{counted(self.taken_up, 'answer')} written that an earlier run had to leave in a file"
+            )
+        if self.outdated:
+            lines.append(
+                f"{counted(self.outdated, 'answer')} dropped that an earlier run had left in a file: "
+                "deleted, edited or filled rows"
+            )
+        return lines
+
+    def _unwritten(self) -> list[str]:
+        lines = []
+        if self.in_side_file:
+            kept = f"{counted(self.in_side_file, 'answer')} could not be written and went to {self.side_file}"
+            lines.append(f"{kept}: the next run writes what is there first, and asks nothing twice")
+        if self.lost:
+            lost = f"{counted(self.lost, 'answer')} could be written nowhere: lost"
+            lines.append(f"{lost}, since neither the database nor a file for them could be written")
+        return lines
 
     def _dry_summary(self, where: str) -> str:
         if not self.total:

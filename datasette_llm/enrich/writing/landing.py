@@ -37,17 +37,21 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one transaction did.
+    """What became of a batch.
 
     Attributes:
         written: rows that have their values now.
         failed: rows that have a record of their failure now.
         changed: rows that are gone, were edited, or got a value from somebody else.
+        set_aside: rows whose values are in the side file, since the table could not be written.
+        lost: rows whose values could be written nowhere.
     """
 
     written: list[Result] = field(default_factory=list)
     failed: list[Result] = field(default_factory=list)
     changed: list[Result] = field(default_factory=list)
+    set_aside: list[Result] = field(default_factory=list)
+    lost: list[Result] = field(default_factory=list)
 
 
 class Landing:

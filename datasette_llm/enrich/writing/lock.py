@@ -66,6 +66,35 @@ def _lock_in_memory(database: str, table: str, column: str) -> Iterator[None]:
 def _lock_file(database: Path, table: str, column: str) -> Iterator[None]:
     digest = hashlib.sha256(f"{table.lower()}\0{column.lower()}".encode()).hexdigest()[:12]
     path = database.with_name(f"{database.name}-llm-{digest}.lock")
+    try:
+        with hold_lock(path, table=table, column=column):
+            yield
+    except Held as held:
+        raise _running(table, column, held.holder) from None
+
+
+class Held(Exception):
+    """Somebody else holds a lock.
+
+    Attributes:
+        holder: who, in words.
+    """
+
+    def __init__(self, holder: str) -> None:
+        super().__init__(holder)
+        self.holder = holder
+
+
+@contextmanager
+def hold_lock(path: Path, **about: str) -> Iterator[None]:
+    """Hold the lock that this file stands for; where there can be no such file, warn and go on without.
+
+    Args:
+        about: what the file says beside who holds it.
+
+    Raises:
+        Held: somebody else has it.
+    """
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -76,7 +105,7 @@ def _lock_file(database: Path, table: str, column: str) -> Iterator[None]:
         try:
             locked = _try_lock(descriptor)
             if not locked:
-                raise _running(table, column, _holder(descriptor))
+                raise Held(_holder(descriptor))
             # The holder before may have removed the file between our open and our lock: then this
             # is a lock on a file that nobody else will ever see.
             if _same_file(descriptor, path):
@@ -86,7 +115,7 @@ def _lock_file(database: Path, table: str, column: str) -> Iterator[None]:
             raise
         os.close(descriptor)
     try:
-        _write_holder(descriptor, table, column)
+        _write_holder(descriptor, about)
         yield
     finally:
         if sys.platform != "win32":
@@ -131,17 +160,18 @@ def _warn_of_no_lock(error: OSError) -> None:
     logger.warning("Nothing keeps a second job from the same column: %s", error)
 
 
-def _write_holder(descriptor: int, table: str, column: str) -> None:
+def _write_holder(descriptor: int, about: dict[str, str]) -> None:
     holder = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "table": table,
-        "column": column,
+        **about,
     }
-    os.ftruncate(descriptor, 0)
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    os.write(descriptor, json.dumps(holder).encode())
+    # The lock holds without: on a full disk nobody learns who has it, that is all.
+    with contextlib.suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.write(descriptor, json.dumps(holder).encode())
 
 
 def _holder(descriptor: int) -> str:

@@ -5,10 +5,12 @@ Earlier versions recorded them in ``_llm_enrich_errors``, on every run.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
 from ..database import read, write
+from ..errors import DatabaseError
 from . import failures
 
 if TYPE_CHECKING:
@@ -34,21 +36,21 @@ class Forgetter:
     async def add(self, key: tuple[SQLValue, ...]) -> None:
         """Have the record of a row forgotten, now or soon."""
         if self._any is None:
-            self._any = await read(self._database, lambda conn: self._records(conn).any)
+            try:
+                self._any = await read(self._database, lambda conn: self._records(conn).any)
+            except DatabaseError:
+                return  # Whoever reads rows or writes answers will say so. This can wait for the next run.
         if self._any:
             self._keys.append(key)
             if len(self._keys) >= TRANSACTION_ROWS:
                 await self.flush()
 
     async def flush(self) -> None:
-        """Forget what has been added.
-
-        Raises:
-            EnrichError: the database stayed locked, or cannot be written.
-        """
+        """Forget what has been added, unless the database cannot be written: then the next run does."""
         if self._keys:
             keys, self._keys = self._keys, []
-            await write(self._database, partial(self._forget, keys))
+            with suppress(DatabaseError):
+                await write(self._database, partial(self._forget, keys))
 
     def _forget(self, keys: list[tuple[SQLValue, ...]], conn: sqlite3.Connection) -> None:
         conn.execute("begin immediate")

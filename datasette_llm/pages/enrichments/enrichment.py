@@ -145,6 +145,8 @@ class PromptEnrichment(Enrichment):  # type: ignore[misc]  # datasette-enrichmen
             await self._break_off(batch, self.Cancel(str(error)))
         except (EnrichError, ModelNotFoundError) as error:
             await self._break_off(batch, self.Pause(str(error)))
+        if report.stopped == "database":
+            await self._break_off(batch, self.Pause(str(report.trouble)))
         if batch.is_hopeless:
             batch.run.job.insisted = True
             shown = _shown(batch.failed[-1])[:SHOWN_CHARACTERS]

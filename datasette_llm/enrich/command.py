@@ -20,6 +20,7 @@ import anyio
 from datasette_llm._compat import BaseExceptionGroup
 from datasette_llm.access.starting import warn
 from datasette_llm.backends.datasette_side import call, open_side
+from datasette_llm.pace.descriptors import raise_limit
 
 from .database import LOCKED_SECONDS, recover
 from .job import EnrichJob, raise_bare
@@ -72,6 +73,7 @@ async def started_datasette(
 
 async def run_job(make_datasette: Callable[[], Any], spec: JobSpec, display: Display) -> EnrichReport:
     """Run a job on the one database of a Datasette, under the signals of a terminal."""
+    raise_limit()
     async with started_datasette(make_datasette, lock_timeout=spec.lock_timeout) as datasette:
         spec = replace(spec, database=next(iter(datasette.databases)))
         job = EnrichJob(datasette, spec, on_progress=display.update)

@@ -12,6 +12,7 @@ from ..calls.clients import ClientPool
 from ..calls.standing import Standing
 from ..calls.tracing import is_traced
 from ..errors import GroupClosed, PromptCancelled
+from ..pace.descriptors import fitting
 from ..pace.throttle import get_throttle
 from .entry_gate import EntryGate
 from .group import Group
@@ -62,7 +63,9 @@ class GroupSupervisor(Supervisor):
         self.group: Group = Group(choice, self._stats)
         self.gate = EntryGate()
         throttle = get_throttle(choice.key, choice.model_id, choice.settings)
-        self.slots = throttle.slots(choice.settings.concurrency if concurrency is None else concurrency)
+        self.slots = throttle.slots(
+            fitting(choice.settings.concurrency if concurrency is None else concurrency)
+        )
         self.clients = ClientPool()
         self.clients.adopt(choice.model, throttle.observe)
         self.datasette = datasette

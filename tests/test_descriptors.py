@@ -1,0 +1,67 @@
+"""Connections fit the files that a process may have open."""
+
+from __future__ import annotations
+
+import resource
+from typing import TYPE_CHECKING
+
+import pytest
+
+from datasette_llm.pace import descriptors
+from datasette_llm.pace.descriptors import fitting, raise_limit
+from datasette_llm.pace.policy import ConcurrencyBounds
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for cached in (descriptors._room, descriptors._say):
+        cached.cache_clear()
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    for cached in (descriptors._room, descriptors._say):
+        cached.cache_clear()
+
+
+def limited(soft: int) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_what_fits_is_left_alone() -> None:
+    limited(1_024)
+    assert fitting(20) == 20
+    assert fitting(ConcurrencyBounds()) == ConcurrencyBounds()
+
+
+def test_what_does_not_fit_is_cut_and_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(descriptors, "_open", lambda: 20)
+    limited(256)
+    assert fitting(400) == 256 - 20 - descriptors.RESERVED
+    assert fitting(ConcurrencyBounds()) == ConcurrencyBounds(max=256 - 20 - descriptors.RESERVED)
+    assert [record.getMessage() for record in caplog.records] == [
+        (
+            "At most 212 prompts are in flight at once: this process may have no more than 256 files open "
+            "(ulimit -n), and each prompt has a connection"
+        )
+    ]
+
+
+def test_something_is_in_flight_however_few_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(descriptors, "_open", lambda: 60)
+    limited(64)
+    assert fitting(ConcurrencyBounds()) == ConcurrencyBounds(start=2, min=1, max=2)
+
+
+def test_the_soft_limit_is_raised_as_far_as_may_be() -> None:
+    limited(128)
+    raise_limit()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert soft == hard or soft >= 1_024
+    raise_limit()
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (soft, hard)

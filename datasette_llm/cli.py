@@ -232,7 +232,12 @@ def enrich_command(
 @_CONFIG_OPTION
 @_INTERNAL_OPTION
 def models_command(purpose: str | None, as_json: bool, config: str | None, internal: str | None) -> None:
-    """List the models that can be used: configured, allowed, and with a key."""
+    """List the models that can be used: configured, allowed, and with a key.
+
+    With --json it says of each whether it takes schemas and tools, and whether its prompts share HTTP
+    clients ("shared_clients"): one that does not makes a client, and a connection, for each prompt.
+    """
+    from .calls.clients.adoption import shares_clients
     from .errors import ModelNotFoundError
     from .facade import LLM
 
@@ -248,6 +253,7 @@ def models_command(purpose: str | None, as_json: bool, config: str | None, inter
                 "default": model.model_id == default,
                 "schemas": bool(getattr(model, "supports_schema", False)),
                 "tools": bool(getattr(model, "supports_tools", False)),
+                "shared_clients": shares_clients(model),
             }
             for model in await facade.models(purpose=purpose)
         ]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import llm
 
     from .calls.choice import Choice
-    from .calls.clients import ClientPool
+    from .calls.clients.pool import ClientPool
     from .calls.standing import Refusal
     from .pace.throttle import Slots
     from .responses.response import PromptResponse
@@ -129,7 +129,6 @@ class WrappedAsyncModel:
         slots = root.slots_of(throttle, choice.settings.concurrency)
         if self._clients is not root.clients:
             # The first prompt on this event loop: clients of an earlier one are closed.
-            vars(choice.model).pop("get_client", None)
             root.clients.adopt(choice.model, throttle.observe)
             self._clients = root.clients
         return root, slots

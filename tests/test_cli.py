@@ -229,7 +229,10 @@ def test_models_and_purposes(tmp_path: Path) -> None:
         purposes = run("purposes", "--config", str(config))
         purposes_json = run("purposes", "--json")
     assert models.stdout == "second  (default)\nfake\n"
-    assert [model["model_id"] for model in json.loads(as_json.stdout)] == ["fake", "second"]
+    assert [(model["model_id"], model["shared_clients"]) for model in json.loads(as_json.stdout)] == [
+        ("fake", False),
+        ("second", False),
+    ]
     assert purposes.stdout.splitlines()[0] == "sorting  (second)  Sort things"
     assert purposes.stdout.splitlines()[1].startswith("enrichments  (no default model)  ")
     sorting, ours = json.loads(purposes_json.stdout)

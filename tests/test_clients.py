@@ -21,9 +21,9 @@ from llm.default_plugins.openai_models import AsyncChat, AsyncResponses
 
 from datasette_llm import LLM
 from datasette_llm.access import starting
-from datasette_llm.calls import clients as clients_module
 from datasette_llm.calls import loading
-from datasette_llm.calls.clients import ClientPool
+from datasette_llm.calls.clients import leases, openai_models
+from datasette_llm.calls.clients.pool import ClientPool
 
 from .fakes import FakeModel, registered
 
@@ -197,8 +197,8 @@ async def test_a_model_with_other_headers_has_clients_of_its_own() -> None:
 
 
 async def test_what_is_in_flight_spreads_over_clients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clients_module, "REQUESTS_PER_CLIENT", 4)
-    monkeypatch.setattr(clients_module, "MOST_CLIENTS", 3)
+    monkeypatch.setattr(leases, "REQUESTS_PER_CLIENT", 4)
+    monkeypatch.setattr(leases, "MOST_CLIENTS", 3)
     async with serving() as provider:
         provider.gate = anyio.Event()
         pool = ClientPool()
@@ -209,9 +209,9 @@ async def test_what_is_in_flight_spreads_over_clients(monkeypatch: pytest.Monkey
                 group.start_soon(ask, model)
             await provider.until("running == 20")
             (clients,) = pool._sets.values()
-            assert sorted(client.busy for client in clients._clients) == [6, 7, 7]
+            assert sorted(client.busy for client in clients.clients) == [6, 7, 7]
             provider.gate.set()
-        assert [client.busy for client in clients._clients] == [0, 0, 0]
+        assert [client.busy for client in clients.clients] == [0, 0, 0]
         await pool.aclose()
         await provider.until("open == 0")
 
@@ -229,7 +229,7 @@ async def test_a_cancelled_prompt_frees_its_client() -> None:
         # The traceback of the cancellation may still hold the model's frame.
         gc.collect()
         (clients,) = pool._sets.values()
-        assert [client.busy for client in clients._clients] == [0]
+        assert [client.busy for client in clients.clients] == [0]
         provider.gate.set()
         await pool.aclose()
         await provider.until("open == 0")
@@ -278,13 +278,13 @@ async def test_after_the_pool_is_closed_a_model_makes_clients_of_its_own() -> No
 
 
 async def test_without_a_client_class_the_one_client_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clients_module, "http_library", lambda: None)
+    monkeypatch.setattr(openai_models, "client_factory", lambda _: None)
     async with serving() as provider:
         pool = ClientPool()
         model = chat_model(provider)
         pool.adopt(model)
-        first = model.get_client("key-1", async_=True)
-        assert model.get_client("key-1", async_=True) is first
+        first, second = (model.get_client("key-1", async_=True) for _ in range(2))
+        assert first._leased is second._leased
         await ask(model)
         await ask(model)
         assert provider.opened == 1
@@ -375,11 +375,11 @@ async def test_a_server_that_is_up_loads_it_for_its_default_models(
 def threads_that_load(monkeypatch: pytest.MonkeyPatch) -> list[threading.Thread]:
     threads: list[threading.Thread] = []
 
-    def load() -> None:
+    def load(model: Any) -> None:
         threads.append(threading.current_thread())
-        monkeypatch.setattr(loading, "_loaded", True)
+        loading._loaded.add(type(model))
 
-    monkeypatch.setattr(loading, "_loaded", False)
+    monkeypatch.setattr(loading, "_loaded", set())
     monkeypatch.setattr(loading, "_load", load)
     return threads
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +19,7 @@ import llm
 
 from datasette_llm._compat import BaseExceptionGroup
 
+from .http_answers import answer_of
 from .refusals import is_about_one_request, recognise, text_of, wait_in_words
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ def classify(exc: BaseException) -> Failure:
 
     The first exception of the chain that tells something decides, the outermost first. Where none does,
     the words of a ``llm.ModelError`` may. What no prompt can escape (``refusals``) is looked for in all of
-    them, where the provider has answered.
+    them, where the provider has answered. What it answered, where that was seen, fills in what the
+    exception does not tell.
     """
     errors = list(_chain(exc))
     failure = _classify_one_of(errors)
@@ -125,6 +127,27 @@ def refusal_of(exc: BaseException) -> tuple[int | None, str] | None:
 
 
 def _classify_one_of(errors: list[BaseException]) -> Failure:
+    failure = _by_exception(errors)
+    for error in errors:
+        answer = answer_of(error)
+        if answer is not None and answer.status is not None:
+            return _with_answer(failure, answer.status, answer.headers)
+    return failure
+
+
+def _with_answer(failure: Failure, status: int, headers: Mapping[str, str]) -> Failure:
+    """Add what the provider answered, where it was seen and the exception does not tell it."""
+    if failure.kind == "hopeless":
+        return failure
+    if failure.status is None and failure.kind == "permanent":
+        return _classify_status(status, headers)
+    wait = failure.retry_after
+    if wait is None and failure.kind != "permanent":
+        wait = retry_after_seconds(headers)
+    return replace(failure, retry_after=wait, status=failure.status or status)
+
+
+def _by_exception(errors: list[BaseException]) -> Failure:
     for error in errors:
         failure = _classify_one(error)
         if failure is not None:
@@ -161,7 +184,7 @@ def _classify_one(error: BaseException) -> Failure | None:
         return Failure("hopeless", reason="key")
     status = _status(error)
     if status is not None:
-        return _classify_status(status, error)
+        return _classify_status(status, _headers(error))
     if isinstance(error, llm.ModelError):
         # A plugin's own words for a failure: what it wraps tells more, if it wraps anything.
         return None
@@ -232,8 +255,7 @@ _WIRE_READERS = _TRANSPORTS | {"openai", "anthropic"}
 _FILE_ERRORS = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
 
 
-def _classify_status(status: int, error: BaseException) -> Failure:
-    headers = _headers(error)
+def _classify_status(status: int, headers: Mapping[str, str] | None) -> Failure:
     wait = retry_after_seconds(headers) if headers is not None else None
     if status in _THROTTLED:
         return Failure("throttled", wait, status)

@@ -1,4 +1,4 @@
-"""What the first prompt of a process has to load: llm's model plugins, openai's modules, certificates.
+"""What the first prompt of a process has to load: llm's model plugins, an SDK's modules, certificates.
 
 That takes half a second, in which an event loop would answer no page. So it is done in a worker thread.
 """
@@ -14,13 +14,15 @@ from typing import Any
 
 import anyio.to_thread
 
-from .clients import http_library, makes_openai_clients, shared_ssl_context
+from .clients.adoption import load_parts, may_share_clients
+from .clients.openai_models import load_openai, makes_openai_clients
 
 logger = logging.getLogger("datasette_llm")
 
 #: Of llm itself; whoever has listed models has imported it.
 _FIRST_PLUGIN = "llm.default_plugins.openai_models"
-_loaded = False
+#: The classes of models for which it is done.
+_loaded: set[type] = set()
 
 
 async def import_model_plugins() -> None:
@@ -46,18 +48,16 @@ def _import_model_plugins() -> None:
 
 async def load_in_thread(model: Any) -> None:
     """Load what prompts to a model need without keeping the event loop from its work."""
-    if not _loaded and makes_openai_clients(model):
-        await anyio.to_thread.run_sync(_load)
+    if _is_left_for(model):
+        await anyio.to_thread.run_sync(_load, model)
 
 
-def _load() -> None:
-    global _loaded
-    import openai
+def _is_left_for(model: Any) -> bool:
+    return type(model) not in _loaded and may_share_clients(model)
 
-    found = http_library()
-    if found is not None:
-        factory, library = found
-        # Never used: looking at its parts makes openai import them.
-        client = openai.AsyncOpenAI(api_key="-", http_client=factory(verify=shared_ssl_context(library)))
-        _ = client.chat.completions, client.responses
-    _loaded = True
+
+def _load(model: Any) -> None:
+    if makes_openai_clients(model):
+        load_openai()
+    load_parts(model)
+    _loaded.add(type(model))

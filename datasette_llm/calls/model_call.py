@@ -16,6 +16,7 @@ from ..backends import native_cancel
 from ..backends.closing import close_quietly
 from ..backends.datasette_side import backend
 from ..pace.throttle import Outcome
+from .http_answers import HttpAnswers, watch
 from .retry import check_complete, classify, retrying
 
 if TYPE_CHECKING:
@@ -222,6 +223,8 @@ class ModelCall:
         """Let the model answer, chunk by chunk; afterwards its generator is closed, whatever happened."""
         observed = self._response._observed
         events: AsyncGenerator[Any, None] | None = None
+        answers = HttpAnswers()
+        watch(answers)
         try:
             if observed.stream:
                 events = observed.astream_events()
@@ -239,6 +242,7 @@ class ModelCall:
         except BaseException as error:
             await _close(events)
             await _close(getattr(observed, "_generator", None))  # llm before 0.36 leaves it to us
+            answers.attach(error)
             _give_up(observed)
             if isinstance(error, AssertionError) and not error.args:
                 # llm asserts that a chunk is not None, and says no more than that.
@@ -246,6 +250,9 @@ class ModelCall:
             if not _is_ours(error):
                 raise RuntimeError(f"the model raised {type(error).__name__}: {error}") from error
             raise
+        finally:
+            watch(None)
+            await answers.aclose()
 
 
 async def _close(generator: AsyncGenerator[Any, None] | None) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from ..calls.clients import ClientPool
+from ..calls.clients.pool import ClientPool
 from ..calls.standing import Standing
 from ..calls.tracing import is_traced
 from ..errors import GroupClosed, PromptCancelled

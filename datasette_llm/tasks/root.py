@@ -21,7 +21,7 @@ from anyio.lowlevel import RunVar
 
 from .._compat import BaseExceptionGroup
 from ..backends import datasette_side
-from ..calls.clients import ClientPool
+from ..calls.clients.pool import ClientPool
 from .supervisor import GRACE_SECONDS, Supervisor
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class RootSupervisor(Supervisor):
         while not self.closing:
             self._woken = anyio.Event()
             await self.idle()
-            if not self.clients._sets:
+            if self.clients.empty:
                 break
             with anyio.move_on_after(IDLE_SECONDS):
                 await self._woken.wait()

@@ -1,0 +1,219 @@
+"""Each provider's own plugin against a server that speaks its protocol: its prompts share HTTP clients.
+
+The leaks of plugins that make a client for each prompt are no longer there: warnings of them are errors.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import pytest
+
+from datasette_llm import LLM
+from datasette_llm.calls.clients.pool import ClientPool
+from datasette_llm.tasks.root import drain
+
+from .fakes import registered
+from .hooks import datasette_with
+from .protocols import FAMILIES, Answer, ProtocolServer, protocol_server
+
+pytestmark = [
+    pytest.mark.real_clock,
+    # SDKs leave the generators of answers that they do not read to their end to the garbage collector, of
+    # which trio warns. The connections below them are closed: a warning of one that is not is an error.
+    pytest.mark.filterwarnings("ignore:Async generator .* was garbage collected:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:The `dict` method is deprecated"),  # llm-groq's
+]
+
+LIMITS = {
+    "anthropic": {
+        "anthropic-ratelimit-requests-limit": "600",
+        "anthropic-ratelimit-requests-remaining": "599",
+        "anthropic-ratelimit-requests-reset": "2026-01-01T00:00:00Z",
+    }
+}
+USUAL_LIMITS = {
+    "x-ratelimit-limit-requests": "600",
+    "x-ratelimit-remaining-requests": "599",
+    "x-ratelimit-reset-requests": "100ms",
+}
+
+
+async def until(condition: Any) -> None:
+    """Wait until something holds that a server in another thread makes true."""
+    with anyio.fail_after(20):
+        while not condition():
+            await anyio.to_thread.run_sync(lambda: None)
+
+
+class Adopted:
+    """A model that was adopted, and what its provider's answers were seen to be."""
+
+    def __init__(self, server: ProtocolServer, **options: Any) -> None:
+        self.model = server.model(**options)
+        self.pool = ClientPool()
+        self.seen: list[tuple[int, Any]] = []
+        assert self.pool.adopt(self.model, self._observe)
+
+    def _observe(self, status: int, headers: Any, age: float = 0.0) -> None:
+        self.seen.append((status, headers))
+
+    async def ask(self, prompt: str = "you", *, stream: bool = False, **kwargs: Any) -> str:
+        text: str = await self.model.prompt(prompt, stream=stream, **kwargs).text()
+        return text.strip()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_prompt_after_prompt_goes_over_one_connection(family: str, stream: bool) -> None:
+    with protocol_server(family) as server:
+        adopted = Adopted(server)
+        for _ in range(4):
+            assert await adopted.ask(stream=stream) == "hello from the model"
+        assert (len(server.requests), server.connections, server.hidden_retries) == (4, 1, 0)
+        await adopted.pool.aclose()
+        await until(lambda: server.open_connections == 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_the_headers_of_every_answer_are_seen(family: str) -> None:
+    with protocol_server(family) as server:
+        adopted = Adopted(server)
+        server.script = [
+            Answer(headers=LIMITS.get(family, USUAL_LIMITS)),
+            Answer(status=429, headers={"retry-after": "7"}, message="slow down", code="rate_limit_error"),
+        ]
+        await adopted.ask()
+        with pytest.raises(Exception, match="slow down"):
+            await adopted.ask()
+        (first, limits), (second, refusal) = adopted.seen
+        assert (first, second) == (200, 429)
+        assert dict(limits).items() >= LIMITS.get(family, USUAL_LIMITS).items()
+        assert refusal["retry-after"] == "7"
+        assert len(server.requests) == 2
+        await adopted.pool.aclose()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_no_sdk_retries_by_itself(family: str) -> None:
+    with protocol_server(family) as server:
+        adopted = Adopted(server)
+        for number, status in enumerate((429, 500, 503)):
+            server.script = Answer(status=status, message="not now", code="overloaded_error")
+            with pytest.raises(Exception, match="not now"):
+                await adopted.ask()
+            assert len(server.requests) == number + 1
+        await adopted.pool.aclose()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_a_refusal_is_seen_by_the_throttle_with_the_wait_it_asks_for(
+    family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with protocol_server(family) as server:
+        model = server.model()
+        # Words that no plugin and nobody else recognises: only the answer itself says what it means.
+        refused = Answer(status=429, headers={"retry-after-ms": "40"}, message="hm", code="odd")
+        server.script = [refused, Answer("at last")]
+        with registered(model):
+            async with LLM(datasette_with()).group(model.model_id) as group:
+                response = await group.prompt("you")
+                assert (await response.text()).strip() == "at last"
+                assert group.stats.retries == 1
+                assert group.stats.throttled_seconds >= 0.03
+        assert (len(server.requests), server.hidden_retries) == (2, 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_a_cancelled_prompt_closes_its_connection(family: str, stream: bool) -> None:
+    with protocol_server(family) as server:
+        adopted = Adopted(server)
+        server.script = Answer("word " * 50, delay=0.0 if stream else 30.0, pieces=50, gap=1.0)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(lambda: adopted.ask(stream=stream))
+            await until(lambda: server.requests)
+            tasks.cancel_scope.cancel()
+        await until(lambda: server.open_connections == 0)
+        await adopted.pool.aclose()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_a_response_that_is_cancelled_between_two_chunks_closes_its_connection(family: str) -> None:
+    with protocol_server(family) as server:
+        model = server.model()
+        server.script = Answer("word " * 50, pieces=50, gap=1.0)
+        with registered(model):
+            async with LLM(datasette_with()).group(model.model_id) as group:
+                response = await group.prompt("you", stream=True)
+                async for _ in response:
+                    break
+                response.cancel()
+                await until(lambda: server.open_connections == 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_two_keys_share_no_connection(family: str) -> None:
+    if family == "groq":
+        pytest.skip("llm-groq takes no key with a prompt")
+    with protocol_server(family) as server:
+        adopted = Adopted(server)
+        adopted.model.key = None
+        for key in ("key-1", "key-2", "key-1"):
+            await adopted.ask(key=key)
+        assert server.connections == 2
+        sent = [str(request.headers) for request in server.requests]
+        assert ["key-1" in headers for headers in sent] == [True, False, True]
+        assert ["key-2" in headers for headers in sent] == [False, True, False]
+        await adopted.pool.aclose()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_a_group_and_a_standalone_prompt_both_share(family: str) -> None:
+    with protocol_server(family) as server:
+        model = server.model()
+        with registered(model):
+            facade = LLM(datasette_with())
+            async with facade.group(model.model_id, concurrency=2) as group:
+                async for _, response in group.map(range(12), str):
+                    await response.text()
+            assert server.connections <= 2
+            before = server.connections
+            for _ in range(3):
+                alone = await facade.model(model.model_id)
+                await (await alone.prompt("you")).text()
+            assert server.connections == before + 1
+            await drain()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_nothing_of_the_plugin_is_changed(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "datasette_llm")
+    with protocol_server(family) as server:
+        adopted = Adopted(server)
+        kind = type(adopted.model)
+        module = sys.modules[kind.__module__]
+        before = dict(vars(kind)), dict(vars(module))
+        await adopted.ask()
+        assert (dict(vars(kind)), dict(vars(module))) == before
+        assert "execute" not in vars(server.model())
+        assert "makes a client for each prompt" not in caplog.text
+        await adopted.pool.aclose()
+
+
+async def test_a_responses_model_that_is_told_to_chat_shares_clients() -> None:
+    from llm.default_plugins.openai_models import AsyncResponses
+
+    with protocol_server("openai") as server:
+        model = AsyncResponses("m", api_base=f"{server.url}/v1", key="sk-test")
+        pool = ClientPool()
+        assert pool.adopt(model)
+        for _ in range(3):
+            answer = model.prompt("you", chat_completions=True, stream=False)
+            assert await answer.text() == "hello from the model"
+        assert (len(server.requests), server.connections) == (3, 1)
+        await pool.aclose()

@@ -138,6 +138,13 @@ def llm_group() -> None:
     metavar="DURATION",
     help="Wait so long for a database that is locked or cannot be written; answers are kept meanwhile.",
 )
+@click.option(
+    "--wait-for-quota",
+    type=Duration(),
+    metavar="DURATION",
+    help="When the provider's quota is used up, wait for it if it is back within this time: 12h. "
+    "By default the job stops.",
+)
 @click.option("--backend", type=click.Choice(["asyncio", "trio"]), default="asyncio", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress and no summary, only errors.")
@@ -182,13 +189,17 @@ def enrich_command(
     --lock-timeout the job ends, and leaves the answers that are not in the table in a file beside the
     database, DATABASE-llm-answers.jsonl. The next run writes those first.
 
+    What no other row could escape stops the job at once: a wrong key, no money, no such model, a
+    quota that is used up, a refusal that the first rows all get alike. It says what to do, and those
+    rows are not recorded as failed.
+
     Ctrl-C stops: prompts in flight get a few seconds, what was answered is written, and the command
     to go on with is shown. A second Ctrl-C stops at once.
 
     \b
     Exit codes:
       0    all is done, or the deadline or the number of tokens was reached
-      1    rows failed, or the job could not go on
+      1    rows failed, or the job could not go on: no money or quota is left, say
       2    the command cannot be run as it is: nothing was sent
       130  stopped by Ctrl-C
       143  stopped by SIGTERM
@@ -424,7 +435,7 @@ def _given(ctx: click.Context) -> list[tuple[str, str | None]]:
         value = ctx.params[param.name]
         if param.name == "key":
             given.append((flag, value if _is_stored_key(value) else "YOUR_KEY"))
-        elif param.name in ("deadline", "lock_timeout"):
+        elif isinstance(param.type, Duration):
             given.append((flag, f"{value:g}s"))
         elif param.is_flag:
             given.append((flag, None))

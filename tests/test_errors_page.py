@@ -95,6 +95,6 @@ def _literals() -> Iterator[str]:
 
 
 def test_why_a_job_stopped_early_is_on_the_page() -> None:
-    from datasette_llm.enrich.telling import report
+    from datasette_llm.enrich.telling.stopped import STOPPED
 
-    assert set(report._STOPPED.values()) <= set(ENTRIES)
+    assert set(STOPPED.values()) <= set(ENTRIES)

@@ -20,7 +20,7 @@ import llm
 from datasette_llm._compat import BaseExceptionGroup
 
 from .http_answers import answer_of
-from .refusals import is_about_one_request, recognise, text_of, wait_in_words
+from .refusals import is_about_one_request, recognise, said, text_of, wait_in_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -123,7 +123,14 @@ def refusal_of(exc: BaseException) -> tuple[int | None, str] | None:
     failure = _classify_one_of(errors)
     if not _is_answer(failure, errors) or is_about_one_request(errors):
         return None
-    return failure.status, str(exc)
+    return failure.status, words_of(exc)
+
+
+def words_of(exc: BaseException) -> str:
+    """Return what a provider said in a failed call, in its own words."""
+    errors = list(_chain(exc))
+    told = next((error for error in errors if _classify_one(error) is not None), exc)
+    return said(told, _classify_one_of(errors).status)
 
 
 def _classify_one_of(errors: list[BaseException]) -> Failure:

@@ -64,6 +64,9 @@ _WORDS: tuple[tuple[re.Pattern[str], Reason], ...] = (
             r"|used all available credits|monthly spending limit|requires more credits"
             r"|budget has been exceeded|exceededbudget|billing hard limit|payment required"
             r"|account is not active, please check your billing|'insufficient_quota'"
+            # OpenAI's words, where a proxy has lost the code: Gemini uses them for any quota.
+            r"|exceeded your current quota, please check your plan(?!.*(?:retry in|ai\.google))",
+            re.DOTALL,
         ),
         "money",
     ),
@@ -134,6 +137,17 @@ def recognise(errors: Iterable[BaseException], status: int | None) -> Reason | N
         if words.search(text):
             return reason
     return _STATUSES.get(status) if status is not None else None
+
+
+def said(error: BaseException, status: int | None) -> str:
+    """Return a provider's refusal in its own words, as short as they are: "402 Insufficient credits"."""
+    words = str(error)
+    for part in _error_objects(_body(error)):
+        message = part.get("message") or part.get("detail") or part.get("error")
+        if isinstance(message, str):
+            words = message
+    words = " ".join(words.split())
+    return words if status is None or str(status) in words else f"{status} {words}"
 
 
 def is_about_one_request(errors: Iterable[BaseException]) -> bool:

@@ -52,6 +52,7 @@ async def enrich(
     max_failures: int | None = None,
     max_tokens_total: int | None = None,
     deadline: float | None = None,
+    wait_for_quota: float | None = None,
     on_progress: Callable[[EnrichProgress], Any] | None = None,
     lock_timeout: float = LOCKED_SECONDS,
     key: str | None = None,
@@ -64,6 +65,8 @@ async def enrich(
     no value, so the next run tries it again. An answer that is not whole (cut off, filtered, refused)
     or empty is a failure too; a row whose prompt renders to nothing is skipped. After cancellation
     everything that was answered is written.
+    A refusal that no other row can escape (a wrong key, no money, no such model, a quota that is used
+    up), and one that the first rows all get alike, stops the job: those rows are not recorded.
 
     Args:
         datasette: the Datasette that has the database.
@@ -89,6 +92,8 @@ async def enrich(
         max_failures: stop when so many rows have failed; else when a hundred prompts in a row have.
         max_tokens_total: stop when about so many tokens, in and out, are spent.
         deadline: stop after so many seconds; prompts in flight are still completed.
+        wait_for_quota: when the provider's quota is used up, wait for it to come back if that takes no
+            longer than so many seconds; by default, and if it does, stop at once.
         on_progress: called a few times a second with an `EnrichProgress`; may be async.
         lock_timeout: how many seconds a database is waited for that is locked, or cannot be written
             for another reason that may pass (a full disk, no file descriptor left). Then the job stops,
@@ -130,6 +135,7 @@ async def enrich(
         max_tokens_total=max_tokens_total,
         deadline=deadline,
         lock_timeout=lock_timeout,
+        wait_for_quota=wait_for_quota,
         key=key,
     )
     return await EnrichJob(datasette, spec, on_progress=on_progress).run()

@@ -24,6 +24,7 @@ from datasette_llm.pace.descriptors import raise_limit
 
 from .database import LOCKED_SECONDS, recover
 from .job import EnrichJob, raise_bare
+from .telling.stopped import REFUSED_REASONS
 from .telling.words import counted
 
 if TYPE_CHECKING:
@@ -112,7 +113,9 @@ def exit_code(report: EnrichReport) -> int:
     """Return the exit code: 0, 1 if rows failed or could not be written, 130 or 143 after a signal."""
     if report.stopped in EXIT_CODES:
         return EXIT_CODES[report.stopped]
-    incomplete = report.failed or report.in_side_file or report.lost or report.stopped == "database"
+    incomplete = report.failed or report.in_side_file or report.lost
+    if report.stopped == "database" or report.stopped in REFUSED_REASONS:
+        return EXIT_FAILED_ROWS
     return EXIT_FAILED_ROWS if incomplete else 0
 
 

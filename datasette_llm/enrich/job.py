@@ -21,6 +21,7 @@ import anyio
 
 from datasette_llm._compat import BaseExceptionGroup
 from datasette_llm.backends.datasette_side import open_side
+from datasette_llm.calls.failures import words_of
 from datasette_llm.errors import PromptCancelled
 
 from .collector import spare_older_objects
@@ -28,6 +29,7 @@ from .errors import DatabaseError, EnrichError, RowError
 from .ledger import Ledger
 from .plan import make_plan
 from .reading.pages import count_rows, read_rows
+from .refusals import Refusals, stop_reason
 from .spacing import Spacing
 from .telling.kinds import kind_of
 from .telling.report import EnrichReport
@@ -46,7 +48,8 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .reading.selection import Row
     from .spec import JobSpec
-    from .telling.report import EnrichProgress, StopReason
+    from .telling.report import EnrichProgress
+    from .telling.stopped import RefusedReason, StopReason
     from .writing.landing import Outcome
 
 logger = logging.getLogger(__name__)
@@ -141,7 +144,7 @@ class EnrichJob:
             columns = tuple(output.name for output in plan.outputs.columns)
             report = EnrichReport(self._spec.database, plan.table.name, columns)
             if self._spec.dry_run:
-                report.model = await self._model_id()
+                report.model = await self._model_id(plan.schema)
                 await plan.preview(report)
             else:
                 with only_job(plan.database, plan.table.name, columns), spare_older_objects():
@@ -164,18 +167,18 @@ class EnrichJob:
                         ledger.model = model
                         report.model = model.model_id
                         self._spec.check_model(model, plan.schema)
-                        plan = await plan.with_columns()
                         writer = self._open_writer(plan, report)
                         tasks.start_soon(_run_then_set, writer, written)
                         tasks.start_soon(self._keep_counting, plan, report)
                         tasks.start_soon(self._keep_reporting, report)
-                        await self._take_answers(model, plan, writer)
+                        await self._take_answers(model, plan, writer, report)
                 if self._prompting.cancelled_caught:
                     ledger.stopping = ledger.stopping or "deadline"
                 if writer is not None:
                     writer.close()
                     await written.wait()
                     report.write_seconds = writer.seconds
+                    plan = writer.plan
                 tasks.cancel_scope.cancel()
         except BaseExceptionGroup as group:
             raise_bare(group)
@@ -184,26 +187,46 @@ class EnrichJob:
         ledger.update_progress(report)
         await self._report_progress()
 
-    async def _take_answers(self, model: Any, plan: Plan, writer: Writer) -> None:
+    async def _take_answers(self, model: Any, plan: Plan, writer: Writer, report: EnrichReport) -> None:
         work = self._work(model, plan, writer)
         keywords = self._spec.prompt_keywords(plan.schema)
-        async for item, response in model.map(work, _prompt_of, **keywords):
-            try:
-                text = await response.text()
-                check_finish(response, text, allow_cut=self._spec.allow_cut)
-                values = plan.outputs.parse(text)
-            except PromptCancelled:
-                continue  # Neither answered nor failed: the row is for the next run.
-            except Exception as error:
-                self._ledger.answer(error)
-                if model.refusal is not None:
-                    # Every other row would fail alike.
-                    self.stop("key_refused")
-                writer.add(self._failure(item.row, error, attempts=response.attempts))
-            else:
-                self._ledger.answer()
-                self._spacing.answered(anyio.current_time() - item.pulled)
-                writer.add(Result(item.row, values))
+        refusals = Refusals(tolerant=self._spec.max_failures is not None)
+        try:
+            async for item, response in model.map(work, _prompt_of, **keywords):
+                try:
+                    text = await response.text()
+                    check_finish(response, text, allow_cut=self._spec.allow_cut)
+                    values = plan.outputs.parse(text)
+                except PromptCancelled:
+                    continue  # Neither answered nor failed: the row is for the next run.
+                except Exception as error:
+                    refused = stop_reason(model.refusal, error)
+                    if refused is not None:
+                        refusals.held.clear()
+                        self._ledger.leave()
+                        self._stop_refused(report, refused, words_of(model.refusal.error))
+                        report.quota_seconds = model.refusal.retry_after
+                        continue
+                    self._ledger.answer(error)
+                    failure = self._failure(item.row, error, attempts=response.attempts)
+                    for result in refusals.failed(failure):
+                        writer.add(result)
+                    if refusals.alike is not None:
+                        self._stop_refused(report, "refused_alike", refusals.alike)
+                else:
+                    self._ledger.answer()
+                    self._spacing.answered(anyio.current_time() - item.pulled)
+                    writer.add(Result(item.row, values))
+                    for result in refusals.decide():
+                        writer.add(result)
+        finally:
+            for result in refusals.held:
+                writer.add(result)
+
+    def _stop_refused(self, report: EnrichReport, reason: RefusedReason, words: str) -> None:
+        """Stop since the provider would refuse every other row too."""
+        report.refusal = report.refusal or self._ledger.without_keys(words)
+        self.stop(reason)
 
     async def _work(self, model: Any, plan: Plan, writer: Writer) -> AsyncGenerator[_Work, None]:
         """Yield the prompts until the rows, or the reasons to go on, run out."""
@@ -322,16 +345,20 @@ class EnrichJob:
         from datasette_llm.facade import LLM
 
         group: AbstractAsyncContextManager[Any] = LLM(self._datasette).group(
-            spec.model, purpose=spec.purpose, actor=spec.actor, concurrency=spec.concurrency
+            spec.model,
+            purpose=spec.purpose,
+            actor=spec.actor,
+            concurrency=spec.concurrency,
+            wait_for_quota=spec.wait_for_quota or 0.0,
         )
         return group
 
-    async def _model_id(self) -> str:
+    async def _model_id(self, schema: dict[str, Any] | None) -> str:
         from datasette_llm.facade import LLM
 
         spec = self._spec
         model = await LLM(self._datasette).model(spec.model, purpose=spec.purpose, actor=spec.actor)
-        spec.check_model(model, None)
+        spec.check_model(model, schema)
         return model.model_id
 
 

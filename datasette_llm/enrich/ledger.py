@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from .reading.selection import Row, Selection
     from .reading.table import SQLValue
     from .spec import JobSpec
-    from .telling.report import EnrichReport, StopReason
+    from .telling.report import EnrichReport
+    from .telling.stopped import StopReason
     from .trouble import Watch
     from .writing.landing import Outcome
 
@@ -57,6 +58,7 @@ class Ledger:
         self._answered = 0
         self._failed = 0
         self._failed_in_a_row = 0
+        self._left = 0
         self._failures: dict[str, FailureKind] = {}
         # Rows that were pulled and are not settled yet, in the order of their keys.
         self._unsettled: dict[tuple[SQLValue, ...], None] = {}
@@ -87,6 +89,11 @@ class Ledger:
             return
         self._failed += 1
         self._failed_in_a_row += not concerns_one_row(error)
+
+    def leave(self) -> None:
+        """A row was refused with what every other one would be: it is for the next run."""
+        self._answered += 1
+        self._left += 1
 
     def settle(self, report: EnrichReport, outcome: Outcome) -> None:
         """Enter what a transaction did."""
@@ -128,17 +135,20 @@ class Ledger:
         """Return the tokens used, and what the prompts in flight will use if they are like the others."""
         stats = self.model.stats
         used: int = stats.input_tokens + stats.output_tokens
-        answered = self._answered - self._failed
+        answered = self._answered - self._failed - self._left
         each = used / answered if answered > 0 else 0
         return used + each * self.in_flight
 
     def message_of(self, error: Exception) -> str:
         """Return an error's text, without the API key should a provider quote it."""
-        text = str(error)
+        return self.without_keys(str(error)) or "(no message)"
+
+    def without_keys(self, text: str) -> str:
+        """Return a text without the API key, should a provider quote it."""
         for key in (self._spec.key, getattr(self.model, "_key", None)):
             if isinstance(key, str) and len(key) > 3:
                 text = text.replace(key, "***")
-        return text or "(no message)"
+        return text
 
     def update_progress(self, report: EnrichReport) -> None:
         progress, stats = self.progress, self.model.stats
@@ -151,6 +161,7 @@ class Ledger:
         progress.elapsed = self.elapsed
         progress.stopping = self.stopping
         progress.waiting = next((str(watch) for watch in self.watches if watch.trouble), None)
+        progress.quota_seconds = stats.quota_seconds
 
     def count(self, report: EnrichReport) -> None:
         """Enter what needs no transaction: the rows skipped and, as far as it is known, the total."""

@@ -16,12 +16,18 @@ from .writing.outputs import Outputs
 from .writing.schema import read_schema
 
 if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Awaitable, Callable
+
     from .reading.selection import Row, Source
     from .reading.table import Table
     from .spec import JobSpec
     from .telling.report import EnrichReport
 
 DRY_RUN_PROMPTS = 3
+
+if TYPE_CHECKING:
+    Write = Callable[[Any, Callable[[sqlite3.Connection], None]], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -64,11 +70,22 @@ class Plan:
             self._shown(rows[0])
         return bool(rows)
 
-    async def with_columns(self) -> Plan:
+    async def with_columns(self, write: Write = write) -> Plan:
         """Add the output columns that the table lacks; return the plan for the table as it is then."""
-        if len(self.outputs.existing) == len(self.outputs.columns):
+        if self._has_columns:
             return self
-        await write(self.database, partial(self.outputs.add_columns, table=self.table))
+        # They may be there by now: another program's, or of a try that failed afterwards.
+        plan = await self._reread()
+        if plan._has_columns:
+            return plan
+        await write(self.database, partial(plan.outputs.add_columns, table=plan.table))
+        return await plan._reread()
+
+    @property
+    def _has_columns(self) -> bool:
+        return len(self.outputs.existing) == len(self.outputs.columns)
+
+    async def _reread(self) -> Plan:
         table = await read(self.database, partial(read_table, name=self.table.name))
         return replace(self, table=table, outputs=_outputs(self.spec, table, self.schema))
 

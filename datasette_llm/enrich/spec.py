@@ -62,6 +62,7 @@ class JobSpec:
     max_tokens_total: int | None = None
     deadline: float | None = None
     lock_timeout: float = LOCKED_SECONDS
+    wait_for_quota: float | None = None
     key: str | None = field(default=None, repr=False)
     only: NamedRows | None = None
 
@@ -71,7 +72,14 @@ class JobSpec:
         Raises:
             EnrichInputError: a number makes no sense.
         """
-        for name in ("limit", "concurrency", "max_failures", "max_tokens_total", "deadline"):
+        for name in (
+            "limit",
+            "concurrency",
+            "max_failures",
+            "max_tokens_total",
+            "deadline",
+            "wait_for_quota",
+        ):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise EnrichInputError(f"{name} must be more than 0, not {value}")
@@ -92,9 +100,12 @@ class JobSpec:
             schema: what answers have to be.
 
         Raises:
-            EnrichInputError: the model takes no schema, or not such options.
+            EnrichInputError: there is no key for the model, or it takes no schema, or not such options.
         """
         inner = getattr(model, "model", None)
+        needs_key = getattr(inner, "needs_key", None)
+        if needs_key and not self.key and not getattr(model, "_key", None):
+            raise EnrichInputError(_no_key(model.model_id, needs_key, getattr(inner, "key_env_var", None)))
         if schema is not None and not getattr(inner, "supports_schema", True):
             raise EnrichInputError(
                 f"The model {model.model_id!r} does not support schemas: do without, or choose another model"
@@ -112,3 +123,10 @@ class JobSpec:
                     raise EnrichInputError(
                         f"The option {name!r} is not right for {model.model_id!r}: {problem['msg']}; {known}"
                     ) from None
+
+
+def _no_key(model_id: str, needs_key: str, variable: str | None) -> str:
+    ways = ["give one with --key", f"store one with: llm keys set {needs_key}"]
+    if variable:
+        ways.append(f"set {variable}")
+    return f"The model {model_id!r} needs an API key and there is none: {', or '.join(ways)}"

@@ -307,7 +307,7 @@ class TestFailures:
             site = Site(tmp_path, *words(50), settings=TWO_AT_A_TIME)
             await site.post(PAGE, FORM)
             assert (await site.ended())["status"] == "paused"
-            assert "the API key is refused: incorrect API key" in (await site.get(JOB)).text
+            assert "the API key is refused: 401 incorrect API key" in (await site.get(JOB)).text
             assert len(model.prompts) <= 2
             refused = False
             await site.post(JOB + "/resume")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from tqdm import tqdm
 
+from .stopped import clock_time
 from .words import counted, duration
 
 if TYPE_CHECKING:
@@ -63,8 +64,13 @@ class Lines(Silence):
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
         self._next = LINE_SECONDS
+        self._waits = False
 
     def update(self, progress: EnrichProgress) -> None:
+        waits = progress.quota_seconds is not None
+        if waits and not self._waits:
+            self._next = 0.0  # Said at once, or a log would look as if it had stopped.
+        self._waits = waits
         if progress.elapsed >= self._next:
             self._next = progress.elapsed + (LINE_SECONDS if progress.elapsed < 60 else LATER_LINE_SECONDS)
             self.note(line(progress))
@@ -117,7 +123,7 @@ def _format(progress: EnrichProgress, columns: int) -> str:
 
 def _counts(progress: EnrichProgress, columns: int) -> str:
     narrow = columns < NARROW_COLUMNS
-    parts = []
+    parts = _quota(progress)
     if progress.waiting:
         parts.append(f"waiting: {progress.waiting}")
     if progress.stopping:
@@ -143,6 +149,12 @@ def _short(number: int) -> str:
     return f"{number:,}"
 
 
+def _quota(progress: EnrichProgress) -> list[str]:
+    if progress.quota_seconds is None:
+        return []
+    return [f"quota used up, waiting until {clock_time(progress.quota_seconds)}"]
+
+
 def line(progress: EnrichProgress) -> str:
     """Return one line of text about a job."""
     rate = progress.rows_per_second
@@ -156,6 +168,7 @@ def line(progress: EnrichProgress) -> str:
         parts.append(f"{duration((progress.total - progress.done) / rate)} left")
     if progress.waiting:
         parts.append(f"waiting: {progress.waiting}")
+    parts += _quota(progress)
     if progress.failed:
         parts.append(f"{progress.failed:,} failed")
     if progress.skipped:

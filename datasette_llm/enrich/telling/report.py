@@ -4,36 +4,14 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from .stopped import REFUSED_REASONS, advice, sentence
 from .words import counted, duration
 
 if TYPE_CHECKING:
     from ..reading.table import SQLValue
-
-StopReason = Literal[
-    "database",
-    "deadline",
-    "failing",
-    "key_refused",
-    "max_failures",
-    "max_tokens_total",
-    "SIGINT",
-    "SIGTERM",
-    "stopped",
-]
-
-_STOPPED = {
-    "database": "the database could not be used",
-    "deadline": "the deadline has passed",
-    "failing": "a hundred prompts in a row failed; --max-failures N allows N failures",
-    "key_refused": "the API key is refused",
-    "max_failures": "too many rows failed",
-    "max_tokens_total": "the tokens are spent",
-    "SIGINT": "interrupted",
-    "SIGTERM": "terminated",
-    "stopped": "stopped",
-}
+    from .stopped import StopReason
 
 _WIDTH = 80
 _EXAMPLE_CHARACTERS = 200
@@ -79,6 +57,7 @@ class EnrichProgress:
         elapsed: seconds since the job began.
         stopping: why it is stopping, if it is.
         waiting: what keeps the database from being used and since when, in words: nothing is sent then.
+        quota_seconds: how long a quota that is used up is still waited for, if it is.
     """
 
     total: int | None = None
@@ -94,6 +73,7 @@ class EnrichProgress:
     elapsed: float = 0.0
     stopping: StopReason | None = None
     waiting: str | None = None
+    quota_seconds: float | None = None
 
     @property
     def rows_per_second(self) -> float:
@@ -132,6 +112,8 @@ class EnrichReport:
         write_seconds: the part of them during which a write was under way.
         stopped: why it ended before the last row, or ``None``.
         trouble: what kept the database from being used, if that is why.
+        refusal: what the provider said, where it would have refused every other row too.
+        quota_seconds: how long until a quota that is used up is back, if the provider said so.
         failures: the kinds of failures, most frequent first.
         prompts: the first prompts; only of a dry run.
         dry_run: nothing was sent and nothing was written.
@@ -162,6 +144,8 @@ class EnrichReport:
     write_seconds: float = 0.0
     stopped: StopReason | None = None
     trouble: str | None = None
+    refusal: str | None = None
+    quota_seconds: float | None = None
     failures: list[FailureKind] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
     dry_run: bool = False
@@ -175,6 +159,11 @@ class EnrichReport:
     @property
     def rows_per_second(self) -> float:
         return self.done / self.elapsed if self.elapsed > 0 else 0.0
+
+    @property
+    def why_stopped(self) -> str:
+        """Why it ended before the last row, for people."""
+        return "" if self.stopped is None else sentence(self.stopped, self.quota_seconds)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as data that JSON can show."""
@@ -206,7 +195,9 @@ class EnrichReport:
         lines.append(f"{counted(self.written, 'row')} of {where} written with {self.model}")
         if self.stopped:
             left = f", {counted(self.remaining, 'row')} left" if self.remaining is not None else ""
-            lines.append(f"Stopped early: {self.trouble or _STOPPED[self.stopped]}{left}")
+            lines.append(f"Stopped early: {self.trouble or self.why_stopped}{left}")
+            if self.stopped in REFUSED_REASONS:
+                lines += advice(self.stopped, self.refusal, self.quota_seconds)
         lines += self._unwritten()
         if self.failed:
             each = "it" if self.failed == 1 else "each"

@@ -53,7 +53,11 @@ LAST_TRIES = 10
 class Writer:
     """Writes the results of one job.
 
+    The columns that the table lacks are added with the first results: a job that gets none leaves the file
+    as it was.
+
     Attributes:
+        plan: the plan, for the table as it is by now.
         seconds: how long writes have been under way.
         watch: what keeps the database from being written, if something does.
     """
@@ -77,9 +81,10 @@ class Writer:
             patience_seconds: how long a database that cannot be written is waited for.
         """
         self._database = plan.database
-        self._landing = Landing(plan, model_id)
-        self._overwrite = plan.spec.overwrite
+        self.plan = plan
         self._model_id = model_id
+        self._landing: Landing | None = None
+        self._overwrite = plan.spec.overwrite
         self._side_file = side_file
         self._on_settled = on_settled
         self._on_given_up = on_given_up
@@ -140,6 +145,8 @@ class Writer:
             await self._set_aside()
             return
         batch = self._buffer[:TRANSACTION_ROWS]
+        if not batch:
+            return  # Closed without a result: nothing is touched.
         outcome = await self._try(batch)
         # Nothing awaits between the write and here, so a batch is either still buffered or settled.
         if isinstance(outcome, DatabaseError):
@@ -157,12 +164,19 @@ class Writer:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._keep_copying)
                 try:
-                    outcome = await write_once(self._database, partial(self._landing.land, batch))
+                    landing = await self._prepare()
+                    outcome = await write_once(self._database, partial(landing.land, batch))
                 except DatabaseError as error:
                     outcome = error
                 tasks.cancel_scope.cancel()
         self.seconds += anyio.current_time() - began
         return outcome
+
+    async def _prepare(self) -> Landing:
+        if self._landing is None:
+            self.plan = await self.plan.with_columns(write_once)
+            self._landing = Landing(self.plan, self._model_id)
+        return self._landing
 
     async def _keep_copying(self) -> None:
         """Copy what waits, while a write goes on and on: behind another one's, or because of a lock."""

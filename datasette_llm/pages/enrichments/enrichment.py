@@ -30,6 +30,7 @@ from ...enrich.plan import make_plan
 from ...enrich.reading.table import read_table
 from ...enrich.spec import NamedRows
 from ...enrich.telling.kinds import group_of
+from ...enrich.telling.stopped import REFUSED_REASONS
 from ...errors import ModelNotFoundError
 from ...facade import LLM
 from . import PURPOSE, SLUG
@@ -151,8 +152,8 @@ class PromptEnrichment(Enrichment):  # type: ignore[misc]  # datasette-enrichmen
             batch.run.job.insisted = True
             shown = _shown(batch.failed[-1])[:SHOWN_CHARACTERS]
             await self._break_off(batch, self.Pause(f"one prompt after the other failed: {shown}"))
-        if report.stopped == "key_refused":
-            await self._break_off(batch, self.Pause(f"the API key is refused: {report.failures[0].example}"))
+        if report.stopped in REFUSED_REASONS:
+            await self._break_off(batch, self.Pause(f"{report.why_stopped}: {report.refusal}"))
         return report
 
     async def _break_off(self, batch: _Batch, why: Exception | None = None) -> NoReturn:

@@ -63,6 +63,7 @@ _INTERNAL_OPTION = click.option(
     help="Datasette's internal database, where datasette-secrets keeps keys.",
 )
 _PURPOSE = "enrichments"
+_SQLITE_HEADER = b"SQLite format 3\0"
 
 
 def register(cli: click.Group) -> None:
@@ -212,6 +213,7 @@ def enrich_command(
         raise click.UsageError(
             "Say where the answers go: --column NAME, or --schema for one column per property."
         )
+    _check_header(database)
     spec = JobSpec(
         database="",
         table=table,
@@ -412,6 +414,14 @@ def _make_datasette(files: list[str], config: str | None, internal: str | None) 
         if settings is not None and not isinstance(settings, dict):
             raise InputProblem(f"{config} is no configuration file: it does not hold a mapping")
     return Datasette(files, config=settings, internal=internal)
+
+
+def _check_header(path: str) -> None:
+    """Refuse a file that is no database before Datasette opens it, which would say so in its own way too."""
+    with open(path, "rb") as file:
+        header = file.read(len(_SQLITE_HEADER))
+    if header not in (b"", _SQLITE_HEADER):
+        raise InputProblem(f"{path} is no SQLite database")
 
 
 def _resolve_key(key: str | None) -> str | None:

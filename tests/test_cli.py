@@ -144,6 +144,37 @@ def test_what_cannot_be_run_exits_2(arguments: list[str], message: str, file: Ta
     assert "Traceback" not in result.output
 
 
+def test_a_file_that_is_no_database_is_said_once(tmp_path: Path) -> None:
+    other = tmp_path / "notes.db"
+    other.write_text("not a database, but long enough to be looked at" * 10)
+    result = run("enrich", str(other), "t", "{{ body }}", "--column", "answer")
+    assert result.exit_code == 2
+    assert result.stderr == f"Error: {other} is no SQLite database\n"
+
+
+def test_rows_with_nothing_to_ask_are_no_failure(file: TableFile) -> None:
+    file.run("update t set body = ' ' where id > 1")
+    with fake_model():
+        result = run_enrich(file, "--column", "answer", "--limit", "3")
+    assert result.exit_code == 0, result.output
+    assert "1 row of t (answer) written" in result.stdout
+    assert "4 rows skipped: nothing to ask" in result.stdout
+    assert "Go on with" not in result.output
+
+
+def test_empty_answers_fail_until_they_are_allowed(file: TableFile) -> None:
+    async def answer(prompt: str) -> Any:
+        yield " "
+
+    with fake_model(answer):
+        failed = run_enrich(file, "--column", "answer", "--limit", "2")
+        allowed = run_enrich(file, "--column", "answer", "--retry-failed", "--allow-empty", "--allow-cut")
+    assert (failed.exit_code, allowed.exit_code) == (1, 0)
+    assert "2 x empty" in failed.stdout
+    assert "--limit" not in failed.output.partition("Go on with")[2]
+    assert file.run("select distinct answer from t where answer is not null") == [("",)]
+
+
 def test_a_plugin_that_breaks_is_named_without_a_traceback(file: TableFile) -> None:
     class Plugin:
         __name__ = "broken"

@@ -40,7 +40,7 @@ class RowError(ValueError):
 class AnswerError(RowError):
     """A row got an answer that is not written: it is not whole, says nothing, or fits nowhere."""
 
-    def __init__(self, kind: str, message: str) -> None:
+    def __init__(self, message: str, *, kind: str) -> None:
         super().__init__(message)
         self.kind = kind
 

@@ -62,17 +62,19 @@ def check_finish(response: PromptResponse, text: str, *, allow_cut: bool = False
     """
     reason = response.finish_reason
     if reason == "length" and not allow_cut:
-        raise AnswerError("cut off", _cut_off(response, text))
+        raise AnswerError(_cut_off(response, text), kind="cut off")
     if reason == "content_filter":
         raise AnswerError(
-            "filtered", f"the provider's content filter stopped the answer{_quoted(text)}: {_OTHERWISE}"
+            f"the provider's content filter stopped the answer{_quoted(text)}: {_OTHERWISE}", kind="filtered"
         )
     if reason == "refusal":
-        raise AnswerError("refused", f"the model refused to answer{_quoted(text)}: {_OTHERWISE}")
+        raise AnswerError(f"the model refused to answer{_quoted(text)}: {_OTHERWISE}", kind="refused")
     if reason == "error":
-        raise AnswerError("broken off", f"the provider broke the answer off with an error{_quoted(text)}")
+        raise AnswerError(
+            f"the provider broke the answer off with an error{_quoted(text)}", kind="broken off"
+        )
     if reason == "tool_calls" and not spoken(text):
-        raise AnswerError("called a tool", "the model called a tool instead of answering")
+        raise AnswerError("the model called a tool instead of answering", kind="called a tool")
 
 
 _OTHERWISE = "change the prompt or the row, or choose another model"

@@ -142,7 +142,7 @@ def _refused(result: Result, error: Exception) -> Result:
         kind, message = "refused by the table", f"the table refuses the answer: {error}"
     else:
         kind, message = "cannot be stored", f"SQLite cannot store the answer: {error}"
-    return Result(result.row, None, AnswerError(kind, message), kind, message, result.attempts)
+    return Result(result.row, None, AnswerError(message, kind=kind), kind, message, result.attempts)
 
 
 def _rolled_back(result: Result) -> Result:

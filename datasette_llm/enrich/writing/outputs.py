@@ -114,7 +114,8 @@ class Outputs:
         said = spoken(text)
         if not said and not (self._allow_empty and self._check is None):
             reasoned = " (all of it is reasoning)" if text.strip() else ""
-            raise AnswerError("empty", f"the answer is empty{reasoned}")
+            remedy = "" if self._check is not None else "; --allow-empty accepts that"
+            raise AnswerError(f"the answer is empty{reasoned}{remedy}", kind="empty")
         if self._check is None:
             return (_number(said, self.columns[0]),)
         answer = self._check.parse(text)
@@ -122,7 +123,7 @@ class Outputs:
         if self._column is not None:
             return (_stored(json.dumps(answer, ensure_ascii=False)), *values)
         if all(value is None for value in values):
-            raise AnswerError("empty", f"the answer has no value for any column: {beginning(text)}")
+            raise AnswerError(f"the answer has no value for any column: {beginning(text)}", kind="empty")
         return tuple(values)
 
 
@@ -163,8 +164,8 @@ def _number(text: str, output: Output) -> SQLValue:
         value: float = _integer(text) if output.affinity == "INTEGER" else float(text.replace("_", "x"))
     except (ValueError, OverflowError):
         raise AnswerError(
-            "not a number",
             f"the answer {beginning(text)} is not {kind}, which the existing column {output.name!r} holds",
+            kind="not a number",
         ) from None
     return _stored(value)
 
@@ -204,4 +205,4 @@ def _stored(value: Any) -> SQLValue:
 
 
 def _cannot_be_stored(what: str) -> AnswerError:
-    return AnswerError("cannot be stored", f"the answer has {what}")
+    return AnswerError(f"the answer has {what}", kind="cannot be stored")

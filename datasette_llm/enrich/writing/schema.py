@@ -101,21 +101,25 @@ class AnswerCheck:
                     found[json.dumps(one, sort_keys=True)] = one
                 if len(found) > 1:
                     raise AnswerError(
-                        "several answers",
                         f"more than one object in the answer fits the schema: {beginning(text)}",
+                        kind="several answers",
                     )
         except NotJSON as error:
-            raise AnswerError("not JSON", f"the answer is not JSON, {error}: {beginning(text)}") from None
+            raise AnswerError(
+                f"the answer is not JSON, {error}: {beginning(text)}", kind="not JSON"
+            ) from None
         except RecursionError:
-            raise AnswerError("not JSON", f"the answer is nested too deeply: {beginning(text)}") from None
+            raise AnswerError(
+                f"the answer is nested too deeply: {beginning(text)}", kind="not JSON"
+            ) from None
         for one in found.values():
             return one
         if problem:
             raise AnswerError(
-                "does not fit the schema",
                 f"the answer does not fit the schema: {problem}: {beginning(text)}",
+                kind="does not fit the schema",
             )
-        raise AnswerError("not JSON", f"the answer is not JSON: {beginning(text)}")
+        raise AnswerError(f"the answer is not JSON: {beginning(text)}", kind="not JSON")
 
     def _fitting(self, candidate: Any) -> list[dict[str, Any]]:
         """Return what fits: the candidate, or else what it wraps.

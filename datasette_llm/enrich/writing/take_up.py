@@ -132,5 +132,5 @@ def _ordered(plan: Plan, values: Mapping[str, SQLValue]) -> tuple[SQLValue, ...]
 def _result(plan: Plan, line: Line, row: Row) -> Result:
     if line.values is not None:
         return Result(row, _ordered(plan, line.values))
-    error = AnswerError(line.kind, line.message)
+    error = AnswerError(line.message, kind=line.kind)
     return Result(row, None, error, line.kind, line.message, line.attempts)

@@ -208,6 +208,7 @@ def enrich_command(
     from .enrich.command import exit_code, go_on
     from .enrich.spec import JobSpec
     from .enrich.telling.display import open_display
+    from .enrich.telling.invocation import datasette_command
 
     if asked["column"] is None and asked["schema"] is None:
         raise click.UsageError(
@@ -234,7 +235,7 @@ def enrich_command(
             click.echo(f"Go on with:\n  {go_on(report, [database, table, prompt], _given(ctx))}", err=as_json)
         if not report.dry_run and not as_json and report.written:
             click.echo(
-                f"See the result:\n  datasette {_quoted(database)}   then /{report.database}/{_path(table)}"
+                f"See the result:\n  {datasette_command(database)}   then /{report.database}/{_path(table)}"
             )
     ctx.exit(exit_code(report))
 
@@ -461,12 +462,6 @@ def _is_stored_key(name: str) -> bool:
     import llm
 
     return name in llm.load_keys()
-
-
-def _quoted(path: str) -> str:
-    import shlex
-
-    return shlex.quote(path)
 
 
 def _path(table: str) -> str:

@@ -88,6 +88,10 @@ def permission_resources_sql(datasette: Datasette, actor: dict[str, Any] | None,
 @hookimpl(optionalhook=True)  # A hook of datasette-enrichments.
 def register_enrichments(datasette: Datasette) -> list[Any]:
     """Offer bulk enrichment in the table's own page."""
+    from .pages.enrichments.versions import outdated
+
+    if outdated():
+        return []
     from .pages.enrichments.routes import enrichments
 
     return enrichments()
@@ -100,6 +104,10 @@ def register_routes(datasette: Datasette) -> list[Any]:
 
     if not is_possible():
         return []
+    from .pages.enrichments import versions
+
+    if problem := versions.outdated():
+        return versions.routes(problem)
     from .pages.enrichments.routes import routes
 
     return routes()

@@ -97,6 +97,7 @@ def llm_user_path(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
     """An empty llm configuration directory, so that no key or alias of this machine leaks in."""
     path = tmp_path_factory.mktemp("llm-user")
     monkeypatch.setenv("LLM_USER_PATH", str(path))
+    monkeypatch.delenv("UV_RUN_RECURSION_DEPTH", raising=False)  # shown in commands to type
     for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "GEMINI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     return path

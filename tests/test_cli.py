@@ -24,6 +24,7 @@ from datasette_llm.enrich import demo
 from datasette_llm.hookspecs import plugin_manager
 
 from .enrich_tables import TableFile, fake_model
+from .patience import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -341,14 +342,14 @@ class SlowRun:
         )  # fmt: skip
 
     def wait_until_asked(self, prompts: int) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while not self.log.exists() or len(self.log.read_text().splitlines()) < prompts:
             assert self.process.poll() is None, self.process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
     def end(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=40)
+        out, err = self.process.communicate(timeout=PATIENCE_SECONDS)
         return self.process.returncode, out, err
 
 
@@ -366,6 +367,7 @@ def check_complete(file: TableFile, log: Path, most_twice: int) -> None:
     assert len(asked) - 200 <= most_twice
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("backend", "number", "code"), [("asyncio", signal.SIGINT, 130), ("trio", signal.SIGTERM, 143)]
 )
@@ -390,6 +392,7 @@ def test_a_signal_writes_what_is_answered_and_says_how_to_go_on(
     check_complete(slow_file, stopped.log, most_twice=0)
 
 
+@pytest.mark.system
 def test_a_second_ctrl_c_ends_the_process_at_once(slow_file: TableFile, tmp_path: Path) -> None:
     stopped = SlowRun(tmp_path, "asyncio", 600)
     stopped.wait_until_asked(5)
@@ -400,6 +403,7 @@ def test_a_second_ctrl_c_ends_the_process_at_once(slow_file: TableFile, tmp_path
     assert stopped.end()[0] == 130
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_killed_at_any_moment_it_goes_on_and_pays_for_half_a_second_at_most(
     backend: str, slow_file: TableFile, tmp_path: Path

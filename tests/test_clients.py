@@ -26,6 +26,7 @@ from datasette_llm.calls.clients import leases, openai_models
 from datasette_llm.calls.clients.pool import ClientPool
 
 from .fakes import FakeModel, registered
+from .patience import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -56,7 +57,7 @@ class LoopbackProvider:
 
     async def until(self, condition: str) -> None:
         """Wait until an expression over this object's attributes holds."""
-        with anyio.fail_after(10):
+        with anyio.fail_after(PATIENCE_SECONDS):
             while not eval(condition, {}, vars(self)):
                 await self.changed.wait()
 

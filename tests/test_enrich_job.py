@@ -14,6 +14,7 @@ from datasette_llm.enrich.writing import writer
 from datasette_llm.enrich.writing.lock import only_job
 
 from .enrich_tables import TableFile, close_datasette, fake_model
+from .patience import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
@@ -77,7 +78,7 @@ def job_of(file: TableFile, **kwargs: Any) -> EnrichJob:
 
 async def until(file: TableFile, sql: str, expected: Any) -> None:
     """Wait until a query, seen by another program, has this answer."""
-    with anyio.fail_after(20):
+    with anyio.fail_after(PATIENCE_SECONDS):
         while file.run(sql) != expected:  # noqa: ASYNC110 - no event crosses from another program
             await anyio.sleep(0.02)
 

@@ -15,6 +15,7 @@ from datasette_llm.enrich.reading import selection
 from datasette_llm.enrich.writing import landing
 
 from .enrich_tables import TableFile, fake_model
+from .patience import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -471,7 +472,7 @@ async def test_it_works_in_a_background_task_of_datasette(make: MakeTable, model
         datasette.add_background_task(job)
         await datasette.invoke_startup()
         await datasette.start_background_tasks()
-        with anyio.fail_after(20):
+        with anyio.fail_after(PATIENCE_SECONDS):
             await done.wait()
         await datasette.invoke_shutdown()
 

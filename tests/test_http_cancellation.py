@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 pytestmark = [
     pytest.mark.real_clock,
+    pytest.mark.system,
     # openai's client leaves the generators of a stream it has read to its end to the garbage collector.
     pytest.mark.filterwarnings("ignore:Async generator .* was garbage collected:ResourceWarning"),
 ]

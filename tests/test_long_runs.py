@@ -23,7 +23,7 @@ from datasette_llm import PromptCancelled
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = [pytest.mark.real_clock, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.real_clock
 
 
 def run(module: str, *arguments: str) -> str:
@@ -34,6 +34,7 @@ def run(module: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_a_short_soak_leaves_nothing(backend: str) -> None:
     printed = run("soak", "--minutes", "0.03", "--every", "1", "--workers", "4", "--backend", backend)
@@ -41,6 +42,7 @@ def test_a_short_soak_leaves_nothing(backend: str) -> None:
     assert len([line for line in printed.splitlines() if line.endswith(("start", "end"))]) == 2
 
 
+@pytest.mark.system
 def test_a_job_that_is_killed_goes_on() -> None:
     printed = run("kill", "--kills", "1", "--rows", "40", "--longest", "0.3")
     assert printed.startswith("1 kills, ")

@@ -21,6 +21,7 @@ from datasette_llm.tasks import root as root_module
 from datasette_llm.tasks.root import drain, root_supervisor
 
 from .fakes import FakeModel
+from .patience import PATIENCE_SECONDS
 from .spies import Spy, Visit, nothing_left, running_tasks, watched
 
 if TYPE_CHECKING:
@@ -293,6 +294,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("kind", ["group", "standalone"])
 @pytest.mark.parametrize("name", ["asyncio", "trio"])
 def test_ctrl_c_in_a_script_settles_everything(name: str, kind: str) -> None:
@@ -306,7 +308,7 @@ def test_ctrl_c_in_a_script_settles_everything(name: str, kind: str) -> None:
     try:
         assert script.stdout.readline() == "ready\n"
         script.send_signal(signal.SIGINT)
-        output, errors = script.communicate(timeout=30)
+        output, errors = script.communicate(timeout=PATIENCE_SECONDS)
     finally:
         script.kill()
         script.wait()

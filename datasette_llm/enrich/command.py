@@ -8,7 +8,6 @@ once; what the last half second brought is then lost.
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import sys
 from contextlib import asynccontextmanager
@@ -25,6 +24,7 @@ from datasette_llm.pace.descriptors import raise_limit
 from .database import LOCKED_SECONDS, recover
 from .job import EnrichJob, raise_bare
 from .telling.stopped import REFUSED_REASONS
+from .telling.invocation import datasette_command
 from .telling.words import counted
 
 if TYPE_CHECKING:
@@ -121,11 +121,11 @@ def exit_code(report: EnrichReport) -> int:
 
 def go_on(report: EnrichReport, arguments: Sequence[str], options: Sequence[tuple[str, str | None]]) -> str:
     """Return the command that goes on where a stopped job ended."""
-    words = ["datasette", "llm", "enrich", *arguments]
+    words = ["llm", "enrich", *arguments]
     for name, value in options:
         if name == "--limit" or (name == "--where" and report.resume_where is not None):
             continue  # What is left is more than a run was to do.
         words += [name] if value is None else [name, value]
     if report.resume_where is not None:
         words += ["--where", report.resume_where]
-    return shlex.join(words)
+    return datasette_command(*words)

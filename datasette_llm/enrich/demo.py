@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import shlex
 import sqlite3
 import sys
 import unicodedata
@@ -22,6 +21,7 @@ from datasette_llm.hookspecs import plugin_manager
 from .errors import EnrichInputError
 from .reading.table import quote
 from .spec import JobSpec
+from .telling.invocation import datasette_command
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,9 +79,7 @@ def prepare(path: str) -> DemoPlan:
     except sqlite3.DatabaseError as error:
         raise EnrichInputError(f"{path} cannot be used for the demo: {error}") from None
     spec = JobSpec(database=file.stem, table=table, prompt=prompt, column=COLUMN, model="echo")
-    command = shlex.join(
-        ["datasette", "llm", "enrich", path, table, prompt, "--column", COLUMN, "--model", "echo"]
-    )
+    command = datasette_command("llm", "enrich", path, table, prompt, "--column", COLUMN, "--model", "echo")
     verb = "has" if existed else "now has"
     introduction = (
         f"{path} {verb} a table {table} of {rows:,} rows. The demo runs this on it:\n\n  {command}\n"
@@ -122,9 +120,9 @@ def closing_words(plan: DemoPlan) -> str:
     rows = "\n".join(f"  {text}" for text in closing_rows(plan))
     return (
         f"\nThe column {COLUMN} now says, for instance:\n{rows}\n\n"
-        f"Open it:  datasette {shlex.quote(plan.path)}\n"
-        "Then use a model of your own: `datasette llm models` lists them, and\n"
-        "`datasette llm enrich --help` explains the command."
+        f"To use a model of your own, `{datasette_command('llm', 'models')}` lists them, and\n"
+        f"`{datasette_command('llm', 'enrich', '--help')}` explains the command.\n\n"
+        f"To see the table in your browser:\n  {datasette_command(plan.path)}"
     )
 
 

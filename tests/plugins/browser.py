@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
+from ..patience import PATIENCE_SECONDS
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -40,7 +42,6 @@ ARGUMENTS = (
 )
 
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # The protocol's own name for a reference to an element.
-LIMIT_SECONDS = 20
 
 
 class Browser:
@@ -82,7 +83,7 @@ class Browser:
 
     def until(self, is_so: Callable[[], bool], *, page: str | None = None) -> None:
         """Wait for something that this page does by itself, or for what opening ``page`` again shows."""
-        deadline = time.monotonic() + LIMIT_SECONDS
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while not is_so():
             assert time.monotonic() < deadline, self.text()
             time.sleep(0.05)
@@ -113,17 +114,19 @@ def open_browser() -> Iterator[Browser]:
             driver_url = f"http://127.0.0.1:{port}"
             options = {"binary": CHROMIUM, "args": [*ARGUMENTS, f"--user-data-dir={profile}"]}
             wanted = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}}
-            started = httpx.post(f"{driver_url}/session", json=wanted, timeout=60).json()["value"]
+            started = httpx.post(f"{driver_url}/session", json=wanted, timeout=PATIENCE_SECONDS).json()[
+                "value"
+            ]
             assert "sessionId" in started, started
             session_url = f"{driver_url}/session/{started['sessionId']}"
             try:
-                with httpx.Client(base_url=session_url, timeout=60) as session:
+                with httpx.Client(base_url=session_url, timeout=PATIENCE_SECONDS) as session:
                     yield Browser(session)
             finally:
-                httpx.delete(session_url, timeout=60)  # Closes the browser.
+                httpx.delete(session_url, timeout=PATIENCE_SECONDS)  # Closes the browser.
         finally:
             driver.terminate()
-            driver.wait(LIMIT_SECONDS)
+            driver.wait(PATIENCE_SECONDS)
             if driver.stdout is not None:
                 driver.stdout.close()
 

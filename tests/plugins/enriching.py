@@ -16,12 +16,13 @@ pytest.importorskip("datasette_enrichments", reason="datasette-enrichments is no
 
 import datasette_enrichments  # not installed everywhere
 
+from ..patience import PATIENCE_SECONDS
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
 #: A job that has not come so far by then hangs.
-LIMIT_SECONDS = 20
 POLL_SECONDS = 0.02
 
 ANA = {"id": "ana", "name": "Ana"}
@@ -88,7 +89,7 @@ class Site:
 
     async def until(self, is_so: Callable[[dict[str, Any]], bool], job_id: int = 1) -> dict[str, Any]:
         """Wait until a job is as told; datasette-enrichments tells nobody about a job that pauses."""
-        with anyio.fail_after(LIMIT_SECONDS):
+        with anyio.fail_after(PATIENCE_SECONDS):
             while not is_so(job := self.job(job_id)):  # noqa: ASYNC110  # there is nothing else to ask
                 await anyio.sleep(POLL_SECONDS)
         return job

@@ -14,6 +14,7 @@ from datasette.plugins import pm
 
 from ..fakes import FakeModel, registered
 from ..hooks import hooked
+from ..patience import PATIENCE_SECONDS
 
 datasette_agent = pytest.importorskip("datasette_agent", reason="datasette-agent is not installed")
 
@@ -196,7 +197,7 @@ async def test_a_background_agent_works_until_it_says_that_it_has_finished() -> 
     async with agent(model) as (chat, wrapped):
         agent_id = await start_background_agent(chat.datasette, {"id": "root"}, "shout hi")
         status: Any = {}
-        with anyio.fail_after(20):
+        with anyio.fail_after(PATIENCE_SECONDS):
             while status.get("status") not in ("completed", "error"):
                 await anyio.sleep(0.01)
                 status = await get_background_agent_status(chat.datasette, agent_id)

@@ -15,6 +15,7 @@ from .enriching import ANA, Site, register
 pytest.importorskip("datasette_enrichments", reason="datasette-enrichments is not installed")
 
 from datasette_llm.enrich.reading.template import PromptTemplate
+from datasette_llm.pages.enrichments import versions
 from datasette_llm.pages.enrichments.form import column_reference
 
 if TYPE_CHECKING:
@@ -261,3 +262,18 @@ async def test_nothing_of_it_where_datasette_enrichments_is_not_loaded(tmp_path:
         assert (await Site(tmp_path, *ROWS).get(PAGE)).status_code == 404
     finally:
         pm.register(datasette_enrichments)
+
+
+async def test_a_version_that_cannot_work_says_how_to_get_one_that_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versions, "version", lambda name: "0.5.1")
+    site = Site(tmp_path, "create table t (body)")
+    for path in ("/-/enrich/data/t", "/-/enrich/data/t/prompt-rows", "/-/enrich/data/-/jobs/1"):
+        page = await site.get(path)
+        assert page.status_code == 501
+        assert "datasette-enrichments 0.5.1 does not work with Datasette 1.0" in page.text
+        assert "datasette install" in page.text
+    for installed in ("0.6a0", "0.6", "1.0a1", "0.10"):
+        monkeypatch.setattr(versions, "version", lambda name, installed=installed: installed)
+        assert versions.outdated() is None

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
     from pathlib import Path
 
-# Starting a browser takes its time on a busy machine.
-pytestmark = [pytest.mark.real_clock, pytest.mark.timeout(180), needs_browser]
+pytestmark = [pytest.mark.real_clock, pytest.mark.system, needs_browser]
 
 SUBMIT = "form.core input[type=submit]"
 

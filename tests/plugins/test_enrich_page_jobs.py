@@ -14,7 +14,8 @@ from datasette_llm.enrich.writing.lock import only_job
 
 from ..fakes import FakeModel, registered
 from ..hooks import hooked
-from .enriching import LIMIT_SECONDS, Site, register
+from ..patience import PATIENCE_SECONDS
+from .enriching import Site, register
 
 pytest.importorskip("datasette_enrichments", reason="datasette-enrichments is not installed")
 
@@ -62,7 +63,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
     monkeypatch.setattr(EnrichJob, "stop", stop)
 
     async def wait() -> None:
-        with anyio.fail_after(LIMIT_SECONDS):
+        with anyio.fail_after(PATIENCE_SECONDS):
             while not stops:  # noqa: ASYNC110  # there is nothing else to ask
                 await anyio.sleep(0.01)
 

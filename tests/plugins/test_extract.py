@@ -10,6 +10,7 @@ import pytest
 from datasette.app import Datasette
 
 from ..fakes import FakeModel, registered
+from ..patience import PATIENCE_SECONDS
 
 datasette_extract = pytest.importorskip("datasette_extract", reason="datasette-extract is not installed")
 
@@ -60,7 +61,7 @@ async def test_rows_arrive_while_the_answer_streams(error: Exception | None) -> 
     with registered(model):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(extract, datasette)
-            with anyio.fail_after(20):
+            with anyio.fail_after(PATIENCE_SECONDS):
                 while await names(datasette) != ["Ana"]:  # noqa: ASYNC110 - the database has no event for it
                     await anyio.sleep(0.01)
             # The model has not said the second name yet.

@@ -19,8 +19,8 @@ PACKAGE = ROOT / "datasette_llm"
 SPEAKS = re.compile(
     r"(Error|Exception|Problem|Cancelled|Closed|Running|Answer|Forbidden)$|^(_problem|_wrong|fail)$"
 )
-#: Python's own protocols, which nobody reads.
-SILENT = {"AttributeError", "NotImplementedError", "SystemExit"}
+#: Python's own protocols, and what is caught inside: nobody reads these.
+SILENT = {"AttributeError", "CannotShareError", "NotImplementedError", "SystemExit"}
 VARIES = "…"
 #: An entry may end early, but not before it can be told from others.
 SHORTEST = 14

@@ -23,8 +23,8 @@ from datasette_llm.pace.descriptors import raise_limit
 
 from .database import LOCKED_SECONDS, recover
 from .job import EnrichJob, raise_bare
-from .telling.stopped import REFUSED_REASONS
 from .telling.invocation import datasette_command
+from .telling.stopped import REFUSED_REASONS
 from .telling.words import counted
 
 if TYPE_CHECKING:

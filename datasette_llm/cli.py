@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .secrecy import keep_secret, redacted
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
@@ -71,7 +73,28 @@ def register(cli: click.Group) -> None:
     cli.add_command(llm_group)
 
 
-@click.group(name="llm")
+class _Commands(click.Group):
+    """Whatever one of the commands fails with, no key in use is printed."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except click.ClickException as error:
+            clean = redacted(error.message)
+            if clean == error.message:
+                raise
+            kind = InputProblem if error.exit_code == InputProblem.exit_code else click.ClickException
+            raise kind(clean) from None
+        except Exception as error:
+            told = "".join(traceback.format_exception(error))
+            clean = redacted(told)
+            if clean == told:
+                raise
+            click.echo(clean, err=True, nl=False)
+            raise SystemExit(1) from None
+
+
+@click.group(name="llm", cls=_Commands)
 def llm_group() -> None:
     """Run language models over the tables of a database."""
 
@@ -431,7 +454,9 @@ def _resolve_key(key: str | None) -> str | None:
         return None
     import llm
 
-    return llm.get_key(key)
+    found: str | None = llm.get_key(key)
+    keep_secret(found)
+    return found
 
 
 def _given(ctx: click.Context) -> list[tuple[str, str | None]]:

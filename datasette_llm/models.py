@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from .pace.throttle import get_throttle
+from .secrecy import keep_secret
 from .tasks.chain import Chain, ChainTask
 from .tasks.conversation import Turns
 from .tasks.group_block import GroupBlock
@@ -195,7 +196,9 @@ class WrappedAsyncModel:
             given = arguments.get("options") or {}
             defaults = {k: v for k, v in self._choice.options.items() if k not in arguments}
             arguments["options"] = {**defaults, **given}
-        if self._key is not None and arguments.get("key") is None:
+        if arguments.get("key") is not None:
+            keep_secret(arguments["key"])
+        elif self._key is not None:
             arguments["key"] = self._key
         return arguments
 

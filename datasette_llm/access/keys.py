@@ -27,6 +27,7 @@ import llm
 from datasette.utils import StartupError
 
 from ..backends import datasette_side
+from ..secrecy import keep_secret
 from . import llm_files
 from .catalog import get_snapshot
 from .settings import get_settings, plugin_config
@@ -102,6 +103,11 @@ class KeyRing:
             model: an llm model object.
             configured: names of the secrets that the configuration gives this model, best first.
         """
+        key = await self._find_key(model, configured)
+        keep_secret(key)
+        return key
+
+    async def _find_key(self, model: Any, configured: Iterable[str]) -> str | None:
         for name in configured:
             if value := await self._secret(name):
                 return value

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..pace.policy import PromptSettings
+from ..secrecy import keep_secret
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,3 +35,6 @@ class Choice:
     purpose: str | None = None
     actor: dict[str, Any] | None = None
     settings: PromptSettings = field(default_factory=PromptSettings)
+
+    def __post_init__(self) -> None:
+        keep_secret(self.key)

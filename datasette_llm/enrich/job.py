@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from .telling.stopped import RefusedReason, StopReason
     from .writing.landing import Outcome
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("datasette_llm")
 
 PROGRESS_SECONDS = 0.25
 # Prompts in flight at the deadline are completed; one that hangs must not keep the job for ever.
@@ -225,7 +225,7 @@ class EnrichJob:
 
     def _stop_refused(self, report: EnrichReport, reason: RefusedReason, words: str) -> None:
         """Stop since the provider would refuse every other row too."""
-        report.refusal = report.refusal or self._ledger.without_keys(words)
+        report.refusal = report.refusal or redacted(words)
         self.stop(reason)
 
     async def _work(self, model: Any, plan: Plan, writer: Writer) -> AsyncGenerator[_Work, None]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from ..secrecy import redacted
 from .errors import concerns_one_row
 from .telling.kinds import OTHER, group_of
 from .telling.report import EnrichProgress, FailureKind
@@ -141,14 +142,7 @@ class Ledger:
 
     def message_of(self, error: Exception) -> str:
         """Return an error's text, without the API key should a provider quote it."""
-        return self.without_keys(str(error)) or "(no message)"
-
-    def without_keys(self, text: str) -> str:
-        """Return a text without the API key, should a provider quote it."""
-        for key in (self._spec.key, getattr(self.model, "_key", None)):
-            if isinstance(key, str) and len(key) > 3:
-                text = text.replace(key, "***")
-        return text
+        return redacted(str(error)) or "(no message)"
 
     def update_progress(self, report: EnrichReport) -> None:
         progress, stats = self.progress, self.model.stats

@@ -27,7 +27,7 @@ from ..errors import AlreadyRunning
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("datasette_llm")
 
 _held_in_memory: set[tuple[str, str, str]] = set()
 

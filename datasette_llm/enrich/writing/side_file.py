@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from ..reading.table import SQLValue
     from .landing import Result
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("datasette_llm")
 
 LOCK_SECONDS = 10.0
 LOCK_PAUSE_SECONDS = 0.02

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..reading.table import SQLValue
     from .side_file import Line
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("datasette_llm")
 
 
 @dataclass(frozen=True, slots=True)

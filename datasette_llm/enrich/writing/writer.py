@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .landing import Result
     from .side_file import SideFile
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("datasette_llm")
 
 TRANSACTION_ROWS = 50
 # Half of what is promised: a killed process has paid in vain for what this brings, and four commits a

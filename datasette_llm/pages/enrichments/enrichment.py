@@ -33,6 +33,7 @@ from ...enrich.telling.kinds import group_of
 from ...enrich.telling.stopped import REFUSED_REASONS
 from ...errors import ModelNotFoundError
 from ...facade import LLM
+from ...secrecy import redacted
 from . import PURPOSE, SLUG
 from .form import make_form, spec_fields
 from .runs import current_run, new_run
@@ -84,7 +85,7 @@ class PromptEnrichment(Enrichment):  # type: ignore[misc]  # datasette-enrichmen
             plan = await make_plan(datasette, _spec(db, table, config))
             await plan.check_first_row()
         except EnrichInputError as error:
-            raise BadRequest(str(error)) from None
+            raise BadRequest(redacted(str(error))) from None
 
     async def enqueue(
         self,
@@ -143,9 +144,9 @@ class PromptEnrichment(Enrichment):  # type: ignore[misc]  # datasette-enrichmen
         try:
             report = await job.run()
         except EnrichInputError as error:
-            await self._break_off(batch, self.Cancel(str(error)))
+            await self._break_off(batch, self.Cancel(redacted(str(error))))
         except (EnrichError, ModelNotFoundError) as error:
-            await self._break_off(batch, self.Pause(str(error)))
+            await self._break_off(batch, self.Pause(redacted(str(error))))
         if report.stopped == "database":
             await self._break_off(batch, self.Pause(str(report.trouble)))
         if batch.is_hopeless:
@@ -259,7 +260,7 @@ async def _find_table(datasette: Any, db: Any, name: str) -> Table:
         database = find_database(datasette, db.name)
         return await read(database, lambda conn: read_table(conn, name))
     except EnrichInputError as error:
-        raise BadRequest(str(error)) from None
+        raise BadRequest(redacted(str(error))) from None
 
 
 async def _actor(datasette: Any, actor_id: str | None) -> dict[str, Any] | None:

@@ -63,6 +63,10 @@ def redacted(text: str) -> str:
         return text
     with _lock:
         keys, windows = list(_keys), _all_windows()
+    for key in keys:
+        if len(key) >= _WINDOW:
+            for spelling in _spellings(key):
+                text = text.replace(spelling, REDACTED)
     text = _without_windows(text, windows)
     for key in keys:
         text = _pattern(key).sub(REDACTED, text)
@@ -77,8 +81,15 @@ def _all_windows() -> set[str]:
             for key in _keys
             for form in _spellings(key)
             for start in range(len(form) - _WINDOW + 1)
+            if _is_no_word(form[start : start + _WINDOW])
         }
     return _windows
+
+
+def _is_no_word(piece: str) -> bool:
+    """Whether a piece of a key can't be taken for a word: those of ``sk-no-key-required`` can."""
+    mixed = piece.lower() != piece and piece.upper() != piece
+    return not any(map(str.isspace, piece)) and (mixed or any(map(str.isdigit, piece)))
 
 
 def _without_windows(text: str, windows: set[str]) -> str:
@@ -99,6 +110,7 @@ def _without_windows(text: str, windows: set[str]) -> str:
     return "".join([*pieces, text[kept:]])
 
 
+@lru_cache(maxsize=MOST_KEYS)
 def _spellings(key: str) -> set[str]:
     """How a key is written: as it is, in a URL, in JSON, in a ``repr()``."""
     return {key, quote(key, safe=""), quote(key), json.dumps(key)[1:-1], repr(key)[1:-1]}
@@ -123,7 +135,8 @@ def _pattern(key: str) -> re.Pattern[str]:
     if len(key) >= _LONG:
         ends = [key[:length] for length in range(_WINDOW, 5, -1)]
         ends += [key[-length:] for length in range(_WINDOW, 3, -1)]
-        forms.append(rf"{before}{_any_of(ends)}{after}")
+        if ends := [end for end in ends if _is_no_word(end)]:
+            forms.append(rf"{before}{_any_of(ends)}{after}")
     return re.compile("|".join(forms))
 
 

@@ -125,3 +125,12 @@ def leaky_clients() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def _no_leftover_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys of one test are words in the texts of another."""
+    from datasette_llm import secrecy
+
+    monkeypatch.setattr(secrecy, "_keys", type(secrecy._keys)())
+    monkeypatch.setattr(secrecy, "_windows", None)

@@ -23,6 +23,7 @@ from datasette_llm._compat import BaseExceptionGroup
 from datasette_llm.backends.datasette_side import open_side
 from datasette_llm.calls.failures import words_of
 from datasette_llm.errors import PromptCancelled
+from datasette_llm.secrecy import redacted
 
 from .collector import spare_older_objects
 from .errors import DatabaseError, EnrichError, RowError

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from .calls.attachments import find_types, need_finding
 from .pace.throttle import get_throttle
 from .secrecy import keep_secret
 from .tasks.chain import Chain, ChainTask
@@ -71,11 +72,13 @@ class WrappedAsyncModel:
 
         Raises:
             Exception: what a plugin's wrapper raised to refuse the prompt, as it raised it.
+            ValueError: an attachment is of a type that the model does not take, or its host does not give it.
             GroupClosed: this model belongs to a group whose block has been left.
             PromptCancelled: the prompt, or its group, was cancelled before its model call started.
 
         A failure of the model call itself is raised to whoever reads the response.
         """
+        kwargs = await self._with_found_types(kwargs)
         return await self._prompt_task(self.model.prompt, prompt, kwargs).start()
 
     def chain(self, prompt: str | None = None, **kwargs: Any) -> Chain:
@@ -133,6 +136,14 @@ class WrappedAsyncModel:
             root.clients.adopt(choice.model, throttle.observe)
             self._clients = root.clients
         return root, slots
+
+    async def _with_found_types(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Find the types of attachments that are only an address, before llm does."""
+        attachments = kwargs.get("attachments") or []
+        if not need_finding(attachments):
+            return kwargs
+        supervisor, _ = self._owner()
+        return {**kwargs, "attachments": await find_types(supervisor.clients_here, attachments)}
 
     def _prompt_task(
         self,
@@ -235,6 +246,7 @@ class WrappedConversation:
         """
         turn = self._turns.ask()
         try:
+            kwargs = await self.model._with_found_types(kwargs)
             task = self.model._prompt_task(self.conversation.prompt, prompt, kwargs, turn)
         except BaseException:
             turn.give_up()

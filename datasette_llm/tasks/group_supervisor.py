@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from ..calls.clients.pool import ClientPool
 from ..calls.standing import Standing
 from ..calls.tracing import is_traced
 from ..errors import GroupClosed, PromptCancelled
@@ -45,7 +44,6 @@ class GroupSupervisor(Supervisor):
     Attributes:
         group: what hooks see of it.
         slots: bound its model calls in flight.
-        clients: the HTTP clients that its prompts share.
     """
 
     def __init__(
@@ -66,7 +64,6 @@ class GroupSupervisor(Supervisor):
         self.slots = throttle.slots(
             fitting(choice.settings.concurrency if concurrency is None else concurrency)
         )
-        self.clients = ClientPool()
         self.clients.adopt(choice.model, throttle.observe)
         self.datasette = datasette
         self._on_error = on_error

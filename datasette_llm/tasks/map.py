@@ -30,11 +30,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import anyio
 import llm
-from anyio import CancelScope
+from anyio import CancelScope, get_cancelled_exc_class
 
 from ..backends.closing import close_quietly
 from ..backends.loops import LoopDoor
 from ..backends.signal import Signal
+from ..calls.attachments import find_types, need_finding
 from ..errors import PromptCancelled
 from ..responses.response import PromptResponse
 from .hook_scope import hooks_wrap_prompts
@@ -286,7 +287,14 @@ class MapRun(Generic[T]):
             self._drop(error)
             return
         try:
+            if need_finding(keywords.get("attachments")):
+                found = await find_types(self._supervisor.clients_here, keywords["attachments"])
+                keywords = {**keywords, "attachments": found}
             task = self._make_task(keywords)
+        except get_cancelled_exc_class():
+            self._outstanding -= 1
+            self._tell_loop()
+            raise
         except TypeError as error:
             # Not this row's fault: prompt() has no such argument.
             self._drop(error)

@@ -21,7 +21,6 @@ from anyio.lowlevel import RunVar
 
 from .._compat import BaseExceptionGroup
 from ..backends import datasette_side
-from ..calls.clients.pool import ClientPool
 from .supervisor import GRACE_SECONDS, Supervisor
 
 if TYPE_CHECKING:
@@ -43,7 +42,6 @@ class RootSupervisor(Supervisor):
 
     def __init__(self) -> None:
         super().__init__()
-        self.clients = ClientPool()
         self._slots: dict[tuple[Throttle, int | ConcurrencyBounds], Slots] = {}
         self.closing = False
         # asyncio itself would let a task be collected that nobody holds; the RunVar holds this.

@@ -12,6 +12,7 @@ import anyio
 from ..backends.datasette_side import backend
 from ..backends.loops import LoopDoor, loop_clock
 from ..backends.spawning import start_soon
+from ..calls.clients.pool import ClientPool
 from ..calls.tracing import is_traced
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Supervisor:
         grace_seconds: how long a cancelled prompt's wrappers may take to settle.
         group: what hooks see of the group whose prompts these are, or ``None``.
         gate: lets the first prompt of a group enter its wrappers alone.
+        clients: the HTTP clients that its prompts share.
         now: the clock of the event loop that its tasks run on.
     """
 
@@ -80,6 +82,7 @@ class Supervisor:
         self._backend = backend()
         self._door = LoopDoor()
         self.now = loop_clock()
+        self.clients = ClientPool()
         self._live: dict[Child, None] = {}
         self._cancelled = False
         self._winding_down = False
@@ -94,6 +97,11 @@ class Supervisor:
         """Run a task as a child of this supervisor, in the caller's context. Returns at once."""
         self.adopt(task)
         self.at_home(partial(self._spawn, task))
+
+    @property
+    def clients_here(self) -> ClientPool | None:
+        """The shared clients, where the caller is on the side that they belong to."""
+        return self.clients if backend() == self._backend else None
 
     def at_home(self, function: Callable[[], object]) -> None:
         """Call a function on the side that this supervisor's tasks run on: at once, or soon.

@@ -136,13 +136,24 @@ def _read_on(library: Any) -> Any:
 
 
 def library_of(value: type) -> ModuleType | None:
-    """Return the HTTP library, ``httpx`` or ``httpx2``, that a class or the module of a base of it uses."""
+    """Return the HTTP library, ``httpx`` or ``httpx2``, that a class uses where it is defined."""
     for base in value.__mro__:
-        namespace = vars(sys.modules.get(base.__module__, sys))
-        for name in ("httpx2", "httpx"):
-            library = namespace.get(name)
-            if is_http_library(library):
-                return library
+        library = _library_in(sys.modules.get(base.__module__))
+        if library is not None:
+            return library
+    return None
+
+
+def library_that(module: Any) -> ModuleType:
+    """Return the HTTP library that a module uses; ``httpx`` if it uses none."""
+    return _library_in(module) or importlib.import_module("httpx")
+
+
+def _library_in(module: Any) -> ModuleType | None:
+    for name in ("httpx2", "httpx"):
+        library = getattr(module, name, None)
+        if is_http_library(library):
+            return library
     return None
 
 

@@ -46,9 +46,9 @@ class TableFile:
     def leave_half_written(self, sql: str) -> None:
         """Have a program killed in the middle of this statement, after a part of it reached the disk."""
         script = (
-            "import os, signal, sqlite3, sys; conn = sqlite3.connect(sys.argv[1]);"
+            "import os, sqlite3, sys; conn = sqlite3.connect(sys.argv[1]);"
             "conn.execute('pragma cache_size = 1');"
-            "conn.execute(sys.argv[2]); os.kill(os.getpid(), signal.SIGKILL)"
+            "conn.execute(sys.argv[2]); os._exit(9)"
         )
         subprocess.run([sys.executable, "-c", script, self.path, sql], check=False)
 

@@ -15,6 +15,8 @@ import openai
 import pytest
 from datasette.app import Datasette
 
+pytest.importorskip("resource", reason="the benchmarks measure with it; Windows does not have it")
+
 from benchmarks import report
 from benchmarks.__main__ import measuring
 from benchmarks.chart import chart

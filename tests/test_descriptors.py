@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,6 +12,8 @@ from datasette_llm.pace.policy import ConcurrencyBounds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+resource = pytest.importorskip("resource", reason="Windows has no limit of descriptors")
 
 
 @pytest.fixture(autouse=True)

@@ -245,6 +245,7 @@ async def test_a_prompt_that_hangs_does_not_outlive_the_deadline_for_ever(
 
 
 @pytest.mark.real_clock
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signal handlers in event loops")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_the_first_signal_stops_the_job(number: signal.Signals, tmp_path: Path) -> None:
     file = TableFile(tmp_path, "create table t (body)")

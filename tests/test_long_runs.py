@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+pytest.importorskip("resource", reason="the benchmarks measure with it; Windows does not have it")
+
 from benchmarks.gauges import Books, Figures
 from benchmarks.kill import Found, Kill, Table
 from benchmarks.launch import ROOT

@@ -26,3 +26,28 @@ class PromptCancelled(Exception):
 
 class GroupClosed(RuntimeError):
     """A prompt was asked of a group whose block has already been left."""
+
+
+class ProviderUnreachable(Exception):
+    """A provider could not be reached for as long as the prompt's owner waits for it.
+
+    The provider's own last error is its ``__cause__``.
+
+    Attributes:
+        address: whom it was tried to reach, if that is known: host and port.
+        what: what happened at the last try.
+        seconds: for how long.
+        reached: whether it had answered anything before.
+    """
+
+    def __init__(self, address: str | None, what: str, seconds: float, *, reached: bool) -> None:
+        super().__init__(address, what, seconds)
+        self.address = address
+        self.what = what
+        self.seconds = seconds
+        self.reached = reached
+
+    def __str__(self) -> str:
+        return (
+            f"no connection to {self.address or 'the provider'} for {self.seconds:.0f} seconds: {self.what}"
+        )

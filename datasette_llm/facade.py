@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import llm
@@ -11,6 +12,7 @@ from .access.permissions import Plan, authorize, filter_by_hooks, get_plan, reso
 from .calls.choice import Choice
 from .calls.loading import import_model_plugins, load_in_thread
 from .models import WrappedAsyncModel, open_group
+from .pace.policy import Patience
 
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
@@ -68,6 +70,8 @@ class LLM:
         concurrency: int | None = None,
         on_error: Literal["collect", "cancel"] = "collect",
         wait_for_quota: float = 0.0,
+        timeout: float | None = None,
+        outage_timeout: float | Patience | None = None,
     ) -> AbstractAsyncContextManager[GroupModel]:
         """Return a context manager that owns all prompts of its model: ``async with llm.group() as model``.
 
@@ -80,10 +84,18 @@ class LLM:
             wait_for_quota: how many seconds prompts wait for a quota that is used up to come back. By
                 default, and when it takes longer, all of them fail at once, as after any failure that
                 none of them can escape (no money, a wrong key, no such model): unsent.
+            timeout: how many seconds one attempt may take; else as configured.
+            outage_timeout: how many seconds prompts wait for a provider that cannot be reached, together
+                and without using up their attempts. By default each waits as long as ``retries`` allows.
         """
+        if isinstance(outage_timeout, (int, float)):
+            outage_timeout = Patience(outage_timeout, together=True)
 
         async def choose() -> Choice:
-            return await self._choose(model_id, purpose, actor)
+            choice = await self._choose(model_id, purpose, actor)
+            if timeout is None:
+                return choice
+            return replace(choice, settings=replace(choice.settings, timeout=timeout))
 
         return open_group(
             self.datasette,
@@ -91,6 +103,7 @@ class LLM:
             concurrency=concurrency,
             on_error=on_error,
             wait_for_quota=wait_for_quota,
+            patience=outage_timeout,
         )
 
     async def get_key_for_model(

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from .calls.attachments import find_types, need_finding
-from .pace.throttle import get_throttle
+from .pace.registry import get_throttle
 from .secrecy import keep_secret
 from .tasks.chain import Chain, ChainTask
 from .tasks.conversation import Turns
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .calls.choice import Choice
     from .calls.clients.pool import ClientPool
     from .calls.standing import Refusal
+    from .pace.policy import Patience
     from .pace.throttle import Slots
     from .responses.response import PromptResponse
     from .tasks.conversation import Turn
@@ -130,7 +131,9 @@ class WrappedAsyncModel:
         choice = self._choice
         root = root_supervisor()
         throttle = get_throttle(choice.key, choice.model_id, choice.settings)
-        slots = root.slots_of(throttle, choice.settings.concurrency)
+        slots = root.slots_of(
+            throttle, choice.settings.concurrency, urgent=choice.settings.interactive is not False
+        )
         if self._clients is not root.clients:
             # The first prompt on this event loop: clients of an earlier one are closed.
             root.clients.adopt(choice.model, throttle.observe)
@@ -337,6 +340,7 @@ async def open_group(
     concurrency: int | None = None,
     on_error: Literal["collect", "cancel"] = "collect",
     wait_for_quota: float = 0.0,
+    patience: Patience | None = None,
 ) -> AsyncIterator[GroupModel]:
     """Open a group of prompts, as ``LLM.group()`` describes it.
 
@@ -346,6 +350,7 @@ async def open_group(
         concurrency: a fixed number of model calls at once; ``None`` takes what is configured.
         on_error: ``"cancel"`` has the first failed prompt cancel the others and leave the block.
         wait_for_quota: seconds that a quota which is used up may take to come back.
+        patience: how prompts wait for a provider that cannot be reached; as for retries by default.
     """
     if concurrency is not None and (isinstance(concurrency, bool) or not isinstance(concurrency, int)):
         raise TypeError(f"concurrency must be a positive int, not {type(concurrency).__name__}")
@@ -355,7 +360,12 @@ async def open_group(
         raise ValueError(f"on_error must be 'collect' or 'cancel', not {on_error!r}")
     choice = await choose()
     supervisor = GroupSupervisor(
-        datasette, choice, concurrency=concurrency, on_error=on_error, wait_for_quota=wait_for_quota
+        datasette,
+        choice,
+        concurrency=concurrency,
+        on_error=on_error,
+        wait_for_quota=wait_for_quota,
+        patience=patience,
     )
     async with GroupBlock(supervisor):
         yield GroupModel(datasette, choice, supervisor)

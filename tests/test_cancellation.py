@@ -202,7 +202,7 @@ class Case:
         group = self.group.group
         assert group.closed
         slots = self.group._supervisor.slots
-        assert slots.in_use == slots.lane.in_use == len(slots.lane.waiters) == 0
+        assert slots.in_use == slots.lane.in_use == slots.lane.waiting == 0
         stats = group.stats
         assert (stats.waiting, stats.running) == (0, 0)
         assert not self.group._supervisor._live

@@ -160,7 +160,7 @@ class World:
             group, stats = model.group, model.stats
             assert (stats.waiting, stats.running) == (0, 0)
             slots = model._supervisor.slots
-            assert slots.in_use == slots.lane.in_use == len(slots.lane.waiters) == 0
+            assert slots.in_use == slots.lane.in_use == slots.lane.waiting == 0
             assert not model._supervisor._live
             assert not model._supervisor._maps
             self.responses += group._responses

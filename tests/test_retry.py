@@ -325,8 +325,7 @@ async def test_waiting_for_a_slot_is_bounded_too() -> None:
             with attempt:
                 if attempt.number == 1:
                     raise error
-                with attempt.waiting():
-                    await anyio.sleep_forever()
+                await attempt.wait(anyio.sleep_forever)
 
     with pytest.raises(openai.RateLimitError) as caught:
         await run()

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from datasette_llm.pace.pacing import Bucket
 from datasette_llm.pace.policy import ConcurrencyBounds, PromptSettings, RateLimit, RetryPolicy
-from datasette_llm.pace.throttle import Outcome, Slots, Throttle, get_throttle
+from datasette_llm.pace.registry import get_throttle
+from datasette_llm.pace.throttle import Outcome, Slots, Throttle
 
 OK = Outcome("ok", seconds=0.1)
 

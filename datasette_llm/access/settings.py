@@ -163,6 +163,7 @@ class Pace(Section):
 
     concurrency: Concurrency | None = None
     timeout: Seconds | None = None
+    outage_timeout: Seconds | None = None
     retries: Retries | None = None
 
 
@@ -173,6 +174,7 @@ class PurposeSettings(Pace):
     models: list[ModelReference] | None = None
     blocked_models: list[Text] | None = None
     exclusive: Truth | None = None
+    interactive: Truth | None = None
 
     @model_validator(mode="after")
     def _exclusive_to_something(self) -> PurposeSettings:
@@ -245,6 +247,10 @@ class PluginSettings(Pace):
                 settings = replace(settings, concurrency=section.concurrency)
             if section.timeout is not None:
                 settings = replace(settings, timeout=section.timeout)
+            if section.outage_timeout is not None:
+                settings = replace(settings, outage_timeout=section.outage_timeout)
+            if isinstance(section, PurposeSettings) and section.interactive is not None:
+                settings = replace(settings, interactive=section.interactive)
             if section.retries is not None:
                 given = section.retries.model_dump(exclude_none=True)
                 settings = replace(settings, retries=replace(settings.retries, **given))

@@ -18,6 +18,7 @@ import anyio
 import llm
 
 from datasette_llm._compat import BaseExceptionGroup
+from datasette_llm.errors import ProviderUnreachable
 
 from .http_answers import answer_of
 from .refusals import is_about_one_request, recognise, said, text_of, wait_in_words
@@ -94,7 +95,10 @@ def classify(exc: BaseException) -> Failure:
     them, where the provider has answered. What it answered, where that was seen, fills in what the
     exception does not tell.
     """
-    errors = list(_chain(exc))
+    if isinstance(exc, ProviderUnreachable):
+        # It has been waited for already.
+        return _PERMANENT
+    errors = list(chain_of(exc))
     failure = _classify_one_of(errors)
     if failure.kind not in ("permanent", "throttled") or not _is_answer(failure, errors):
         return failure
@@ -119,7 +123,7 @@ def refusal_of(exc: BaseException) -> tuple[int | None, str] | None:
     Returns:
         ``None`` if that was no refusal, or one that is about this request's own content or length.
     """
-    errors = list(_chain(exc))
+    errors = list(chain_of(exc))
     failure = _classify_one_of(errors)
     if not _is_answer(failure, errors) or is_about_one_request(errors):
         return None
@@ -128,7 +132,7 @@ def refusal_of(exc: BaseException) -> tuple[int | None, str] | None:
 
 def words_of(exc: BaseException) -> str:
     """Return what a provider said in a failed call, in its own words."""
-    errors = list(_chain(exc))
+    errors = list(chain_of(exc))
     told = next((error for error in errors if _classify_one(error) is not None), exc)
     return said(told, _classify_one_of(errors).status)
 
@@ -171,7 +175,8 @@ def _is_answer(failure: Failure, errors: list[BaseException]) -> bool:
     )
 
 
-def _chain(exc: BaseException) -> Iterator[BaseException]:
+def chain_of(exc: BaseException) -> Iterator[BaseException]:
+    """Yield an exception, its causes and contexts, and a group's members."""
     pending, seen = [exc], set[int]()
     while pending:
         error = pending.pop()

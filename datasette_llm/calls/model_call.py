@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
@@ -15,9 +16,10 @@ from .._compat import BaseExceptionGroup
 from ..backends import native_cancel
 from ..backends.closing import close_quietly
 from ..backends.datasette_side import backend
-from ..pace.throttle import Outcome
+from ..pace.outcome import Outcome
 from .http_answers import HttpAnswers, watch
 from .retry import check_complete, classify, retrying
+from .trouble import trouble_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -36,6 +38,10 @@ logger = logging.getLogger("datasette_llm")
 
 #: How long closing a model's generator may take, in seconds, when its answer is not wanted any more.
 CLOSE_SECONDS = 5.0
+
+#: When to ask whether a failed call failed for everybody, in seconds after the time before: others that were
+#: out tell, or those who try next.
+VERDICT_SECONDS = (0.0, 0.25, 0.75)
 
 _CANCELLED = Outcome("cancelled")
 _OK = Outcome("ok")
@@ -70,7 +76,7 @@ class ModelCall:
         settings: retries and the timeout of an attempt.
     """
 
-    __slots__ = ("_ask", "_response", "_settings", "_slots", "_started", "_task")
+    __slots__ = ("_ask", "_response", "_sent_at", "_settings", "_slots", "_started", "_task")
 
     def __init__(
         self,
@@ -86,6 +92,7 @@ class ModelCall:
         self._slots = slots
         self._settings = settings
         self._started: float | None = None
+        self._sent_at = 0.0
 
     async def run(self) -> None:
         """Call the model until there is an answer, or no point in calling it again.
@@ -113,7 +120,12 @@ class ModelCall:
             return
         # Most prompts need no second attempt, so the retry loop is told of the first one afterwards.
         retries = self._settings.retries
-        async for attempt in retrying(retries, on_retry=self._count_retry, started=self._started):
+        async for attempt in retrying(
+            retries,
+            on_retry=self._count_retry,
+            started=self._started,
+            paused=lambda: self._slots.outage_seconds,
+        ):
             with attempt:
                 if first is not None:
                     failure, first = first, None
@@ -152,6 +164,40 @@ class ModelCall:
         self._task.count_retry()
 
     async def _attempt(self, again: Attempt | None = None) -> None:
+        """Make one attempt; what only shows that the provider is away counts for none."""
+        while True:
+            try:
+                return await self._call_once(again)
+            except Exception as error:
+                made = 1 if again is None else again.number
+                last = made >= self._settings.retries.attempts
+                if not await self._was_weather(error, last=last):
+                    raise
+            if again is None:
+                self._started = None
+            self._count_retry()
+
+    async def _was_weather(self, error: Exception, *, last: bool) -> bool:
+        """Whether a job's call failed because the provider is away, for everybody.
+
+        Args:
+            last: whether it was the last attempt, for which it pays to ask again a little later.
+        """
+        if not self._slots.patience.together or self._response._was_streamed:
+            return False
+        trouble = trouble_of(error, self._classify(error))
+        if trouble is None:
+            return False
+        alone = trouble.alone and not trouble.answered
+        for seconds in VERDICT_SECONDS if last and not alone else VERDICT_SECONDS[:1]:
+            if seconds:
+                await anyio.sleep(seconds)
+            if self._slots.is_weather(self._sent_at, alone=alone):
+                self._response._events = []
+                return True
+        return False
+
+    async def _call_once(self, again: Attempt | None) -> None:
         response, slots = self._response, self._slots
         if response.attempts:
             response._restart(self._ask())
@@ -162,6 +208,7 @@ class ModelCall:
             raise _everybodys(standing.refusal)
         started = await self._acquire(again, standing)
         outcome = _CANCELLED
+        self._sent_at = started
         if self._started is None:
             self._started = started
         try:
@@ -181,10 +228,16 @@ class ModelCall:
             if failure.kind == "hopeless" and standing is not None:
                 standing.refused(error, failure)
             kind = failure.kind if failure.kind in ("throttled", "transient") else "failed"
-            outcome = Outcome(kind, retry_after=failure.retry_after)
+            trouble = trouble_of(error, failure)
+            outcome = Outcome(
+                kind,
+                retry_after=failure.retry_after,
+                trouble=trouble,
+                answered=trouble is None and (failure.status is not None or kind != "failed"),
+            )
             raise
         finally:
-            slots.release(outcome, started)
+            slots.release(outcome, started, self)
 
     async def _acquire(self, again: Attempt | None, standing: Standing | None) -> float:
         """Wait for a slot, and for a quota that is used up; return when the slot was taken."""
@@ -200,8 +253,7 @@ class ModelCall:
                 if again is None:
                     await slots.acquire(tokens)
                 else:
-                    with again.waiting():
-                        await slots.acquire(tokens, first=True)
+                    await again.wait(partial(slots.acquire, tokens, first=True))
                 started = slots.now()
             if standing is None or not standing.waiting:
                 return started

@@ -11,7 +11,6 @@ Nothing here holds a slot: whoever waits between two attempts has released it.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
@@ -22,7 +21,7 @@ import stamina
 from .failures import Failure, IncompleteAnswer, check_complete, classify, retry_after_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
     from types import TracebackType
 
     from ..pace.policy import RetryPolicy
@@ -74,21 +73,24 @@ class Attempt:
             self.error = self._retrying.last_error = exc
         return self._inner.__exit__(exc_type, exc, tb)
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Bound the wait for a slot by what is left of the policy's time.
+    async def wait(self, wait: Callable[[], Awaitable[object]]) -> None:
+        """Wait for a slot, bounded by what is left of the policy's time.
 
         Raises:
             Exception: the provider's own error of the attempt before, when the time is over.
         """
         retrying = self._retrying
         if retrying.last_error is None:
-            yield
+            await wait()
             return
-        with anyio.CancelScope(deadline=retrying.deadline) as scope:
-            yield
-        if scope.cancelled_caught:
-            raise _GaveUp(retrying.last_error) from None
+        while True:
+            deadline = retrying.deadline
+            with anyio.CancelScope(deadline=deadline) as scope:
+                await wait()
+                return
+            # The clock may have stood still meanwhile.
+            if scope.cancelled_caught and retrying.deadline <= deadline:
+                raise _GaveUp(retrying.last_error) from None
 
 
 #: Set while stamina waits for us. It logs each retry of each prompt, where a bulk job has one cooldown for
@@ -107,14 +109,25 @@ class _GaveUp(Exception):
 
 class _Retrying:
     def __init__(
-        self, policy: RetryPolicy, on_retry: Callable[[], object] | None, started: float | None
+        self,
+        policy: RetryPolicy,
+        on_retry: Callable[[], object] | None,
+        started: float | None,
+        paused: Callable[[], float] | None,
     ) -> None:
         self.policy = policy
         self.on_retry = on_retry
         self.started = anyio.current_time() if started is None else started
-        self.deadline = self.started + policy.timeout
+        self._paused = paused
+        self._paused_before = 0.0 if paused is None else paused()
         self.last_error: Exception | None = None
         self._attempts = 0
+
+    @property
+    def deadline(self) -> float:
+        """When the time for all attempts is over, as things are."""
+        paused = 0.0 if self._paused is None else self._paused() - self._paused_before
+        return self.started + self.policy.timeout + paused
 
     def backoff(self, error: Exception) -> bool | float:
         """Decide for stamina: give up, wait as long as the provider asked, or as stamina computes."""
@@ -183,7 +196,11 @@ class _Retrying:
 
 
 def retrying(
-    policy: RetryPolicy, *, on_retry: Callable[[], object] | None = None, started: float | None = None
+    policy: RetryPolicy,
+    *,
+    on_retry: Callable[[], object] | None = None,
+    started: float | None = None,
+    paused: Callable[[], float] | None = None,
 ) -> AsyncIterator[Attempt]:
     """Return the attempts a policy allows, each to be run as ``with attempt:``.
 
@@ -194,5 +211,6 @@ def retrying(
     Args:
         on_retry: called before each attempt but the first.
         started: when the first attempt began, on the event loop's clock; now, if not given.
+        paused: tells for how many seconds, all together, time has stood still for these attempts.
     """
-    return _Retrying(policy, on_retry, started)
+    return _Retrying(policy, on_retry, started, paused)

@@ -214,6 +214,14 @@ class Cooldowns:
         self._pause = _Pause(now, now + wait, sent, in_flight)
         logger.warning("Model %s: rate limit reached, no prompts for %.1f seconds", self._model_id, wait)
 
+    def call_off(self) -> None:
+        """Nobody can be reached: the refusals tell nothing about a limit, and the pause is over."""
+        if self.pausing and self._pause is not None:
+            self._pause.until, self._pause.ended = self._pause.begun, True
+        self._trial = None
+        self._refused_in_a_row = 0
+        self._refused_at.clear()
+
     def _at_once(self) -> bool:
         if not self._refused_at:
             return False

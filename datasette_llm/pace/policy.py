@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 
@@ -28,6 +29,22 @@ class RetryPolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class Patience:
+    """How long prompts wait for a provider that cannot be reached.
+
+    Attributes:
+        seconds: how long.
+        together: for all prompts of their owner from the beginning of the outage on, which uses up none of
+            their attempts or time; else for each from when it came, within its attempts.
+        first_contact: seconds instead, while the provider has not answered anything yet.
+    """
+
+    seconds: float = 120.0
+    together: bool = False
+    first_contact: float = math.inf
+
+
+@dataclass(frozen=True, slots=True)
 class RateLimit:
     """Fixed limits that the configuration gives; ``None`` is no limit."""
 
@@ -44,9 +61,13 @@ class PromptSettings:
         timeout: seconds for one attempt, or ``None`` for the model plugin's own.
         retries: how long transient failures are retried.
         rate_limit: fixed limits from the configuration.
+        outage_timeout: seconds that a job waits for a provider that cannot be reached.
+        interactive: whether somebody waits for each answer; ``None`` is for prompts outside of groups.
     """
 
     concurrency: int | ConcurrencyBounds = field(default_factory=ConcurrencyBounds)
     timeout: float | None = None
     retries: RetryPolicy = field(default_factory=RetryPolicy)
     rate_limit: RateLimit | None = None
+    outage_timeout: float | None = None
+    interactive: bool | None = None

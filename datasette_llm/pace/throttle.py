@@ -1,65 +1,79 @@
 """Who may call the model now: slots, pace and cooldown of one provider key and model.
 
 A ``Throttle`` is shared by everybody on one event loop who uses the same key and model; ``Slots`` is one
-group's view of it. A call may start when three things hold:
+group's view of it. A call may start when four things hold:
 
 1. its lane has room: a fixed number in flight, or the shared adaptive one (``adaptive``);
-2. no cooldown runs: the provider refused something and everybody waits until it is over;
-3. the pace allows it: configured limits (``pacing``), announced ones (``announced``), or the rate that
+2. the provider can be reached (``outage``), or the call is the one that tries;
+3. no cooldown runs: the provider refused something and everybody waits until it is over;
+4. the pace allows it: configured limits (``pacing``), announced ones (``announced``), or the rate that
    was found out from refusals (``pacing.FoundRate``).
 
-Whoever waits holds nothing. There is no task here: one of those who wait, the *leader*, also waits
-for the clock, and lets the others in when it is time. Everything but ``acquire()`` is synchronous, so
-no state is ever seen half changed.
+Whoever waits does so in the ``queue``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import anyio
-from anyio.lowlevel import RunVar, checkpoint
+from anyio.lowlevel import checkpoint
 
 from ..backends.loops import loop_clock
+from ..errors import ProviderUnreachable
 from .adaptive import AdaptiveLimit
 from .announced import AnnouncedLimits
 from .cooldown import Cooldowns
 from .lanes import Holder, Lane, Waiter
+from .outage import Outage
+from .outcome import Outcome
 from .pacing import fixed_buckets
+from .policy import Patience
+from .queue import Queue
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from .policy import ConcurrencyBounds, PromptSettings
 
+__all__ = ["Away", "Outcome", "Slots", "Throttle"]
 
-class Outcome(NamedTuple):
-    """How a model call ended. (One per call: a tuple is made in a third of a frozen dataclass's time.)
+#: Statuses that say that nobody is served now.
+UNAVAILABLE = frozenset({502, 503, 504, 529})
+
+
+class Away(NamedTuple):
+    """A provider that cannot be reached, at one moment.
 
     Attributes:
-        kind: ``throttled`` is a refusal by the provider's rate limit.
-        retry_after: seconds the provider asked to wait.
-        seconds: how long the call took, from the moment ``acquire()`` let it start.
-        tokens: what it really used.
+        address: whom it was tried to reach, if that is known: host and port.
+        what: what happened at the last try.
+        seconds: since when nobody was answered.
+        next_try: seconds until the next try; 0 while one is under way.
+        reached: whether it ever answered.
     """
 
-    kind: Literal["ok", "throttled", "transient", "failed", "cancelled"]
-    retry_after: float | None = None
-    seconds: float = 0.0
-    tokens: int | None = None
+    address: str | None
+    what: str
+    seconds: float
+    next_try: float
+    reached: bool
 
 
 class Slots:
     """One group's view of a throttle. Every acquire is followed by exactly one release."""
 
-    __slots__ = ("_throttle", "acquired_at", "in_use", "lane", "now", "throttled_seconds")
+    __slots__ = (
+        "_throttle", "acquired_at", "in_use", "lane", "last_turn", "now", "patience", "throttled_seconds",
+        "urgent",
+    )  # fmt: skip
 
-    def __init__(self, throttle: Throttle, lane: Lane) -> None:
+    def __init__(self, throttle: Throttle, lane: Lane, patience: Patience, urgent: bool) -> None:
         self._throttle = throttle
         self.lane = lane
+        self.patience = patience
+        self.urgent = urgent
+        self.last_turn = 0
         #: The event loop's clock, read faster than through anyio.
         self.now = throttle._now
         self.in_use = 0
@@ -84,7 +98,25 @@ class Slots:
     @property
     def paced(self) -> bool:
         """Whether anything but the number in flight can make somebody wait; then a call's tokens count."""
-        return self._throttle._paced
+        return self._throttle.paced
+
+    @property
+    def outage_seconds(self) -> float:
+        """How long the provider could not be reached until now, for those whose time stands still then."""
+        return self._throttle.outage.seconds(self.now()) if self.patience.together else 0.0
+
+    def away(self) -> Away | None:
+        """Say that the provider cannot be reached, if so."""
+        return self._throttle.away_now()
+
+    def is_weather(self, sent: float, *, alone: bool) -> bool:
+        """Whether a call that failed did so because the provider is, or was, away.
+
+        Args:
+            sent: when it was sent.
+            alone: whether it may have failed for what it asked: then only if others had failed before.
+        """
+        return self._throttle.outage.covers(sent, alone=alone)
 
     def acquire_nowait(self, tokens: int = 0) -> bool:
         """Take a slot if a call may start at once.
@@ -93,12 +125,18 @@ class Slots:
             tokens: an estimate of what the call will use.
         """
         throttle, lane = self._throttle, self.lane
-        if lane.waiters or lane.in_use >= lane.limit:
+        if self.urgent:
+            waiter = lane.next()
+            if (waiter is not None and waiter.slots.urgent) or not lane.has_room(urgent=True):
+                return False
+        elif lane.waiting or lane.in_use >= lane.limit:
             return False
         now = self.now()
-        if throttle._paced and (throttle._waiting or throttle._opening(now, tokens) > now):
-            return False
-        throttle._start(self, now, tokens)
+        if throttle.paced:
+            overtakes = throttle.waiting and not self.urgent
+            if overtakes or throttle.opening(now, tokens) > now:
+                return False
+        throttle.started(self, now, tokens)
         self.acquired_at = now
         return True
 
@@ -110,23 +148,27 @@ class Slots:
         Args:
             tokens: an estimate of what the call will use.
             first: go ahead of those who wait (a retry, whose time is limited).
+
+        Raises:
+            ProviderUnreachable: it has been away for as long as the owner's ``patience`` lasts.
         """
         if self.acquire_nowait(tokens):
             try:
                 await checkpoint()
             except BaseException:
-                self._throttle._give_back(self, tokens)
+                self._throttle.gave_back(self, tokens)
                 raise
             return
-        await self._throttle._wait(Waiter(self, tokens), first=first)
+        await self._throttle.queue.wait(Waiter(self, tokens, self.now(), again=first))
 
-    def release(self, outcome: Outcome, started: float | None = None) -> None:
+    def release(self, outcome: Outcome, started: float | None = None, prompt: object = None) -> None:
         """Give the slot back, and say how the call went.
 
         Args:
             started: when the call started, by ``now()``; without it ``outcome.seconds`` counts.
+            prompt: whose call it was, only to be compared.
         """
-        self._throttle._release(self, outcome, started)
+        self._throttle.release(self, outcome, started, prompt)
 
 
 class Throttle:
@@ -134,30 +176,53 @@ class Throttle:
 
     def __init__(self, model_id: str, settings: PromptSettings) -> None:
         self._now = loop_clock()
-        self.throttled_seconds = 0.0
         self._fixed_requests, self._fixed_tokens = fixed_buckets(settings.rate_limit, self._now())
         self._announced = AnnouncedLimits()
         self._cooldowns = Cooldowns(model_id, settings.retries.timeout, self._cut, self._refused_alone)
+        self._patience = Patience(settings.retries.timeout)
+        self.outage = Outage(model_id)
         self._adaptive_lanes: dict[ConcurrencyBounds, Lane] = {}
-        # Whether anything but the lanes can make somebody wait.
-        self._paced = self._fixed_requests is not None or self._fixed_tokens is not None
-        self._in_use = 0
+        #: Whether anything but the lanes can make somebody wait.
+        self.paced = self._fixed_requests is not None or self._fixed_tokens is not None
+        self.in_use = 0
         self._estimated_tokens = 0.0
-        # Those who wait: in which lanes, how many, and who of them watches the clock.
-        self._queues: list[Lane] = []
-        self._waiting = 0
-        self._leader: Waiter | None = None
-        self._last_ticket = 0
-        self._first_ticket = 0
+        self.queue = Queue(self, self._now)
 
-    def slots(self, concurrency: int | ConcurrencyBounds) -> Slots:
-        """Return a new view: with a limit of its own, or sharing the adaptive one with these bounds."""
+    @property
+    def waiting(self) -> int:
+        """How many calls wait for their turn."""
+        return self.queue.waiting
+
+    @property
+    def throttled_seconds(self) -> float:
+        """How long they were kept waiting by anything but their number."""
+        return self.queue.throttled_seconds
+
+    @property
+    def away(self) -> bool:
+        """Whether the provider cannot be reached."""
+        return self.outage.active
+
+    def slots(
+        self,
+        concurrency: int | ConcurrencyBounds,
+        *,
+        patience: Patience | None = None,
+        urgent: bool = False,
+    ) -> Slots:
+        """Return a new view: with a limit of its own, or sharing the adaptive one with these bounds.
+
+        Args:
+            patience: how long its calls wait for a provider that is away; by default as retries do.
+            urgent: whether somebody waits for each answer: its calls go first.
+        """
+        patience = patience or self._patience
         if isinstance(concurrency, int):
-            return Slots(self, Lane(max(1, concurrency)))
+            return Slots(self, Lane(max(1, concurrency)), patience, urgent)
         lane = self._adaptive_lanes.get(concurrency)
         if lane is None:
             lane = self._adaptive_lanes[concurrency] = Lane(AdaptiveLimit(concurrency, self._now()))
-        return Slots(self, lane)
+        return Slots(self, lane, patience, urgent)
 
     def observe(self, status: int, headers: Mapping[str, str], age: float = 0.0) -> None:
         """Take note of a response's headers: the limits they announce, and what remains.
@@ -168,23 +233,36 @@ class Throttle:
             age: seconds since the request was sent.
         """
         now = self._now()
+        returned = self.outage.active and status not in UNAVAILABLE and self.outage.answered(now, now - age)
         sent_since = max(0, self._cooldowns.sent_since(now - age - 0.001) - 1)
         if self._announced.observe(now, headers, age, sent_since, refused=status in (429, 503, 529)):
-            self._paced = True
+            self.paced = True
             if self._announced.requests.known:
                 for lane in self._adaptive_lanes.values():
                     if lane.adaptive is not None:
                         lane.adaptive.trust()
-            if self._waiting:
-                self._dispatch(now)
+            returned = True
+        if returned and self.waiting:
+            self.queue.dispatch(now)
 
-    # What follows is for Slots. Nothing of it but _wait() can be interrupted.
+    def away_now(self) -> Away | None:
+        """Say that the provider cannot be reached, if so."""
+        outage, trouble = self.outage, self.outage.trouble
+        if not outage.active or trouble is None:
+            return None
+        now = self._now()
+        next_try = max(0.0, outage.next_probe - now) if not self.in_use else 0.0
+        return Away(trouble.address, trouble.what, now - outage.began, next_try, outage.reached)
 
-    def _opening(self, now: float, tokens: int) -> float:
-        """Return when cooldown and pace let a call start: now, or later."""
+    # What follows is for Slots and the queue.
+
+    def opening(self, now: float, tokens: int) -> float:
+        """Return when outage, cooldown and pace let a call start: now, or later."""
         until = now
+        if self.outage.waiting:
+            until = self.outage.opening(now, self.in_use)
         if self._cooldowns.active:
-            until = self._cooldowns.opening(now)
+            until = max(until, self._cooldowns.opening(now))
         if self._fixed_requests is not None:
             until = max(until, self._fixed_requests.opening(now))
         if self._fixed_tokens is not None:
@@ -193,13 +271,15 @@ class Throttle:
             until = max(until, self._announced.opening(now, tokens))
         return until
 
-    def _start(self, slots: Holder, now: float, tokens: int) -> None:
+    def started(self, slots: Holder, now: float, tokens: int) -> None:
         """Let a call start: take its slot, and its share of the pace."""
         slots.in_use += 1
         slots.lane.in_use += 1
-        self._in_use += 1
+        self.in_use += 1
         self._cooldowns.sent(now)
-        if self._paced:
+        if self.outage.active:
+            self.outage.sent(now)
+        if self.paced:
             self._take(now, 1.0, tokens)
 
     def _take(self, now: float, requests: float, tokens: float) -> None:
@@ -211,47 +291,91 @@ class Throttle:
         if self._announced.known and requests > 0:
             self._announced.take(now, tokens)
 
-    def _give_back(self, slots: Holder, tokens: int) -> None:
-        """Undo ``_start()`` for a call that was cancelled before it began."""
+    def gave_back(self, slots: Holder, tokens: int) -> None:
+        """Undo ``started()`` for a call that was cancelled before it began."""
         now = self._now()
         slots.in_use -= 1
         slots.lane.in_use -= 1
-        self._in_use -= 1
+        self.in_use -= 1
         self._cooldowns.not_sent(now)
-        if self._paced:
+        if self.outage.active:
+            self.outage.not_sent(now)
+        if self.paced:
             self._take(now, -1.0, -tokens)
-        if self._waiting:
-            self._dispatch(now)
+        if self.waiting:
+            self.queue.dispatch(now)
 
-    def _release(self, slots: Slots, outcome: Outcome, started: float | None) -> None:
+    def held_back(self, now: float) -> None:
+        """Somebody would start now, did the pace allow it."""
+        self._cooldowns.waited_for(now)
+
+    def patience_ends(self, waiter: Waiter) -> float:
+        """Return when somebody gives up who waits for a provider that is away."""
+        outage, patience = self.outage, waiter.slots.patience
+        since = outage.began if patience.together else max(outage.began, waiter.since)
+        seconds = patience.seconds
+        if not outage.reached:
+            seconds = min(seconds, patience.first_contact)
+        return since + seconds
+
+    def given_up(self, waiter: Waiter) -> Exception:
+        """Return what those are told whose patience has ended."""
+        away, trouble = self.away_now(), self.outage.trouble
+        assert away is not None
+        assert trouble is not None
+        error = ProviderUnreachable(away.address, away.what, away.seconds, reached=away.reached)
+        error.__cause__ = trouble.error.with_traceback(None)
+        return error
+
+    def release(self, slots: Holder, outcome: Outcome, started: float | None, prompt: object) -> None:
+        """Take a slot back; see `Slots.release`."""
         lane = slots.lane
         slots.in_use -= 1
         lane.in_use -= 1
-        if self._paced or outcome.kind != "ok" or lane.adaptive is not None:
-            self._learn(lane, outcome, started)
-        self._in_use -= 1
-        if self._waiting:
-            self._dispatch(self._now())
+        if self.paced or outcome.kind != "ok" or lane.adaptive is not None or not self.outage.forgotten:
+            self._learn(lane, outcome, started, prompt)
+        self.in_use -= 1
+        if self.waiting:
+            self.queue.dispatch(self._now())
 
-    def _learn(self, lane: Lane, outcome: Outcome, started: float | None) -> None:
+    def _learn(self, lane: Lane, outcome: Outcome, started: float | None, prompt: object) -> None:
         now = self._now()
         seconds = outcome.seconds if started is None else now - started
-        if self._paced:
+        if self.paced:
             # Which estimate was this call's is not known, only what all that run were estimated at.
-            estimated = self._estimated_tokens / self._in_use
+            estimated = self._estimated_tokens / self.in_use
             self._estimated_tokens -= estimated
             if outcome.tokens is not None and self._fixed_tokens is not None:
                 self._fixed_tokens.take(now, outcome.tokens - estimated)
+        if outcome.trouble is not None:
+            self._learn_trouble(now, now - seconds, outcome, prompt)
+        elif outcome.kind != "cancelled" and outcome.answered:
+            self._learn_answer(now, now - seconds)
+        elif self.outage.active:
+            self.outage.not_sent(now)
         if outcome.kind == "ok":
             if lane.adaptive is not None:
                 lane.adaptive.answered(now, seconds)
             if self._cooldowns.active:
                 self._cooldowns.answered(now, seconds)
-        elif outcome.kind == "throttled":
+        elif outcome.kind == "throttled" and not self.outage.active:
             self._cooldowns.refused(
-                now, seconds, outcome.retry_after, self._in_use - 1, self._announced.explains_refusal
+                now, seconds, outcome.retry_after, self.in_use - 1, self._announced.explains_refusal
             )
-            self._paced = self._paced or self._cooldowns.active
+            self.paced = self.paced or self._cooldowns.active
+
+    def _learn_trouble(self, now: float, sent: float, outcome: Outcome, prompt: object) -> None:
+        assert outcome.trouble is not None
+        if self.outage.failed(now, sent, outcome.trouble, self.in_use - 1, outcome.retry_after, prompt):
+            self.paced = True
+            # Whatever refusals there were, they were not for anybody's rate or number.
+            self._cooldowns.call_off()
+
+    def _learn_answer(self, now: float, sent: float) -> None:
+        outage = self.outage
+        outage.answered(now, sent)
+        if outage.room < math.inf:
+            outage.widened(max((lane.limit for lane in self._adaptive_lanes.values()), default=64))
 
     def _cut(self, now: float, accepted: int) -> bool:
         """A pause is over that began when the provider was working on so many requests.
@@ -269,146 +393,3 @@ class Throttle:
         for lane in self._adaptive_lanes.values():
             if lane.adaptive is not None:
                 lane.adaptive.refused_alone(now, accepted)
-
-    async def _wait(self, waiter: Waiter, *, first: bool) -> None:
-        """Wait in the queue until somebody lets this waiter start."""
-        slots, lane = waiter.slots, waiter.slots.lane
-        self._enqueue(waiter, first=first)
-        try:
-            self._dispatch(self._now())
-            while not waiter.granted:
-                if self._leader is None:
-                    self._leader = waiter
-                if self._leader is waiter:
-                    with anyio.CancelScope(deadline=self._next_opening(self._now())) as scope:
-                        waiter.scope = scope
-                        await waiter.event.wait()
-                    waiter.scope = None
-                    if not waiter.granted:
-                        self._dispatch(self._now())
-                else:
-                    await waiter.event.wait()
-                    if not waiter.granted:
-                        # Woken to become the leader.
-                        waiter.event = anyio.Event()
-        except BaseException:
-            if waiter.granted:
-                self._give_back(slots, waiter.tokens)
-            else:
-                lane.waiters.remove(waiter)
-                self._waiting -= 1
-            raise
-        finally:
-            if self._leader is waiter:
-                self._leader = None
-                self._appoint_leader()
-
-    def _enqueue(self, waiter: Waiter, *, first: bool) -> None:
-        lane = waiter.slots.lane
-        if not lane.waiters and lane not in self._queues:
-            self._queues.append(lane)
-        if first:
-            self._first_ticket -= 1
-            waiter.ticket = self._first_ticket
-            lane.waiters.appendleft(waiter)
-        else:
-            self._last_ticket += 1
-            waiter.ticket = self._last_ticket
-            lane.waiters.append(waiter)
-        self._waiting += 1
-        waiter.blocked_before = lane.blocked_seconds
-
-    def _appoint_leader(self) -> None:
-        for lane in self._queues:
-            if lane.waiters:
-                # The last in line: it will have to be replaced the latest. It is the leader from now on, so
-                # that it appoints another one even if it is cancelled before it runs.
-                self._leader = lane.waiters[-1]
-                self._leader.event.set()
-                return
-
-    def _dispatch(self, now: float) -> None:
-        """Let everybody start who may, in the order they came."""
-        while True:
-            lane = self._next_lane(now)
-            if lane is None:
-                break
-            waiter = lane.waiters[0]
-            if self._paced and self._opening(now, waiter.tokens) > now:
-                self._cooldowns.waited_for(now)
-                break
-            lane.waiters.popleft()
-            self._waiting -= 1
-            lane.note_blocked(now, blocked=False)
-            blocked = lane.blocked_seconds - waiter.blocked_before
-            waiter.slots.throttled_seconds += blocked
-            self.throttled_seconds += blocked
-            self._start(waiter.slots, now, waiter.tokens)
-            waiter.granted = True
-            waiter.event.set()
-        for lane in self._queues:
-            blocked = lane.in_use < lane.limit
-            lane.note_blocked(now, blocked=blocked and bool(lane.waiters))
-            if lane.adaptive is not None and (blocked or not lane.waiters):
-                lane.adaptive.relax(now)
-        self._queues = [lane for lane in self._queues if lane.waiters]
-        if self._leader is not None and self._leader.scope is not None and not self._leader.granted:
-            self._leader.scope.deadline = self._next_opening(now)
-
-    def _next_lane(self, now: float) -> Lane | None:
-        """Return the lane with room whose first waiter has waited longest."""
-        chosen: Lane | None = None
-        for lane in self._queues:
-            if not lane.waiters:
-                continue
-            if lane.in_use >= lane.limit:
-                if lane.adaptive is None:
-                    continue
-                lane.adaptive.press(now)
-                if lane.in_use >= lane.limit:
-                    continue
-            if chosen is None or lane.waiters[0].ticket < chosen.waiters[0].ticket:
-                chosen = lane
-        return chosen
-
-    def _next_opening(self, now: float) -> float:
-        """Return when to look again, if nothing happens before."""
-        until = math.inf
-        for lane in self._queues:
-            if not lane.waiters:
-                continue
-            if lane.in_use < lane.limit:
-                until = min(until, self._opening(now, lane.waiters[0].tokens))
-            elif lane.adaptive is not None:
-                until = min(until, lane.adaptive.next_growth(now))
-        return until
-
-
-_throttles: RunVar[dict[tuple[bytes, str], Throttle]] = RunVar("datasette_llm_throttles")
-
-#: Makes the registry's digests of keys useless outside of this process.
-_SALT = os.urandom(16)
-
-#: Throttles an event loop keeps; beyond that, the ones that nobody uses are forgotten, oldest first.
-MOST_THROTTLES = 256
-
-
-def get_throttle(key: str | None, model_id: str, settings: PromptSettings) -> Throttle:
-    """Return this event loop's throttle for a provider key and a model; the key itself is not kept."""
-    try:
-        throttles = _throttles.get()
-    except LookupError:
-        throttles = {}
-        _throttles.set(throttles)
-    digest = hashlib.blake2b((key or "").encode(), key=_SALT, digest_size=16).digest()
-    identity = (digest, model_id)
-    throttle = throttles.pop(identity, None)
-    if throttle is None:
-        throttle = Throttle(model_id, settings)
-        for old in [each for each, old in throttles.items() if not (old._in_use or old._waiting)]:
-            if len(throttles) < MOST_THROTTLES:
-                break
-            del throttles[old]
-    # Put back at the end: the order is that of last use.
-    throttles[identity] = throttle
-    return throttle

@@ -12,7 +12,7 @@ from ..calls.standing import Standing
 from ..calls.tracing import is_traced
 from ..errors import GroupClosed, PromptCancelled
 from ..pace.descriptors import fitting
-from ..pace.throttle import get_throttle
+from ..pace.registry import get_throttle
 from .entry_gate import EntryGate
 from .group import Group
 from .stats import GroupStats
@@ -21,7 +21,7 @@ from .supervisor import GRACE_SECONDS, Supervisor
 if TYPE_CHECKING:
     from ..calls.choice import Choice
     from ..calls.standing import Refusal
-    from ..pace.policy import ConcurrencyBounds
+    from ..pace.policy import ConcurrencyBounds, Patience
     from ..responses.response import PromptResponse
 
 logger = logging.getLogger("datasette_llm")
@@ -55,6 +55,7 @@ class GroupSupervisor(Supervisor):
         on_error: Literal["collect", "cancel"] = "collect",
         grace_seconds: float = GRACE_SECONDS,
         wait_for_quota: float = 0.0,
+        patience: Patience | None = None,
     ) -> None:
         super().__init__(grace_seconds=grace_seconds)
         self.choice = choice
@@ -62,7 +63,9 @@ class GroupSupervisor(Supervisor):
         self.gate = EntryGate()
         throttle = get_throttle(choice.key, choice.model_id, choice.settings)
         self.slots = throttle.slots(
-            fitting(choice.settings.concurrency if concurrency is None else concurrency)
+            fitting(choice.settings.concurrency if concurrency is None else concurrency),
+            patience=patience,
+            urgent=bool(choice.settings.interactive),
         )
         self.clients.adopt(choice.model, throttle.observe)
         self.datasette = datasette
@@ -97,6 +100,7 @@ class GroupSupervisor(Supervisor):
             elapsed=elapsed,
             prompts_per_second=ended / elapsed if elapsed > 0 else 0.0,
             concurrency=self.slots.limit,
+            away=self.slots.away(),
             quota_seconds=self._quota_seconds(),
         )
 

@@ -42,7 +42,7 @@ class RootSupervisor(Supervisor):
 
     def __init__(self) -> None:
         super().__init__()
-        self._slots: dict[tuple[Throttle, int | ConcurrencyBounds], Slots] = {}
+        self._slots: dict[tuple[Throttle, int | ConcurrencyBounds, bool], Slots] = {}
         self.closing = False
         # asyncio itself would let a task be collected that nobody holds; the RunVar holds this.
         self.task: asyncio.Task[None] | None = None
@@ -60,11 +60,13 @@ class RootSupervisor(Supervisor):
             super().start(task)
         self._woken.set()
 
-    def slots_of(self, throttle: Throttle, concurrency: int | ConcurrencyBounds) -> Slots:
+    def slots_of(
+        self, throttle: Throttle, concurrency: int | ConcurrencyBounds, *, urgent: bool = True
+    ) -> Slots:
         """The slots that all standalone prompts to one model share: a fixed number bounds them together."""
-        known = self._slots.get((throttle, concurrency))
+        known = self._slots.get((throttle, concurrency, urgent))
         if known is None:
-            known = self._slots[throttle, concurrency] = throttle.slots(concurrency)
+            known = self._slots[throttle, concurrency, urgent] = throttle.slots(concurrency, urgent=urgent)
         return known
 
     async def run(self) -> None:

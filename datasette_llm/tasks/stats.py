@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..pace.throttle import Away
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +26,7 @@ class GroupStats:
         elapsed: seconds since the group began, up to its end.
         prompts_per_second: prompts that ended, per second of ``elapsed``.
         concurrency: how many model calls may run at once now.
+        away: since when the provider cannot be reached, why, and when it is tried again; ``None`` if it can.
         quota_seconds: how long a quota that is used up is still sat out, or ``None``.
     """
 
@@ -37,4 +42,5 @@ class GroupStats:
     elapsed: float
     prompts_per_second: float
     concurrency: int
+    away: Away | None = None
     quota_seconds: float | None = None

@@ -169,6 +169,14 @@ def llm_group() -> None:
     help="When the provider's quota is used up, wait for it if it is back within this time: 12h. "
     "By default the job stops.",
 )
+@click.option("--timeout", type=Duration(), metavar="DURATION", help="One attempt takes so long at most: 5m.")
+@click.option(
+    "--outage-timeout",
+    type=Duration(),
+    metavar="DURATION",
+    help="Wait so long for a provider that cannot be reached: 2h. By default 30 minutes, but 10 seconds if "
+    "it never answered.",
+)
 @click.option("--backend", type=click.Choice(["asyncio", "trio"]), default="asyncio", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress and no summary, only errors.")

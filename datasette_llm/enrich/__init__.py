@@ -53,6 +53,8 @@ async def enrich(
     max_tokens_total: int | None = None,
     deadline: float | None = None,
     wait_for_quota: float | None = None,
+    timeout: float | None = None,
+    outage_timeout: float | None = None,
     on_progress: Callable[[EnrichProgress], Any] | None = None,
     lock_timeout: float = LOCKED_SECONDS,
     key: str | None = None,
@@ -92,6 +94,10 @@ async def enrich(
         max_failures: stop when so many rows have failed; else when a hundred prompts in a row have.
         max_tokens_total: stop when about so many tokens, in and out, are spent.
         deadline: stop after so many seconds; prompts in flight are still completed.
+        timeout: how many seconds one attempt may take; by default as configured.
+        outage_timeout: how many seconds a provider that cannot be reached is waited for, without using up
+            any row's attempts: half an hour by default, or as configured; but ten seconds while it has not
+            answered anything yet.
         wait_for_quota: when the provider's quota is used up, wait for it to come back if that takes no
             longer than so many seconds; by default, and if it does, stop at once.
         on_progress: called a few times a second with an `EnrichProgress`; may be async.
@@ -136,6 +142,8 @@ async def enrich(
         deadline=deadline,
         lock_timeout=lock_timeout,
         wait_for_quota=wait_for_quota,
+        timeout=timeout,
+        outage_timeout=outage_timeout,
         key=key,
     )
     return await EnrichJob(datasette, spec, on_progress=on_progress).run()

@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from datasette_llm._compat import BaseExceptionGroup
+from datasette_llm.access.settings import get_settings
 from datasette_llm.backends.datasette_side import open_side
 from datasette_llm.calls.failures import words_of
-from datasette_llm.errors import PromptCancelled
+from datasette_llm.errors import PromptCancelled, ProviderUnreachable
+from datasette_llm.pace.policy import Patience
 from datasette_llm.secrecy import redacted
 
 from .collector import spare_older_objects
@@ -56,6 +58,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("datasette_llm")
 
 PROGRESS_SECONDS = 0.25
+# How long a provider that cannot be reached is waited for; and one that never was.
+OUTAGE_SECONDS = 30 * 60.0
+FIRST_CONTACT_SECONDS = 10.0
 # Prompts in flight at the deadline are completed; one that hangs must not keep the job for ever.
 DEADLINE_GRACE_SECONDS = 60.0
 # How long the rows left are counted after an early end, while somebody waits for the prompt.
@@ -200,6 +205,9 @@ class EnrichJob:
                     values = plan.outputs.parse(text)
                 except PromptCancelled:
                     continue  # Neither answered nor failed: the row is for the next run.
+                except ProviderUnreachable as error:
+                    self._ledger.leave()
+                    self._stop_refused(report, "unreachable", str(error))
                 except Exception as error:
                     refused = stop_reason(model.refusal, error)
                     if refused is not None:
@@ -351,8 +359,18 @@ class EnrichJob:
             actor=spec.actor,
             concurrency=spec.concurrency,
             wait_for_quota=spec.wait_for_quota or 0.0,
+            timeout=spec.timeout,
+            outage_timeout=self._patience(),
         )
         return group
+
+    def _patience(self) -> Patience:
+        """Say how long to wait for a provider that is away."""
+        spec = self._spec
+        if spec.outage_timeout is not None:
+            return Patience(spec.outage_timeout, together=True)
+        configured = get_settings(self._datasette).prompt_settings(spec.purpose, None).outage_timeout
+        return Patience(configured or OUTAGE_SECONDS, together=True, first_contact=FIRST_CONTACT_SECONDS)
 
     async def _model_id(self, schema: dict[str, Any] | None) -> str:
         from datasette_llm.facade import LLM

@@ -15,6 +15,7 @@ from ..secrecy import redacted
 from .errors import concerns_one_row
 from .telling.kinds import OTHER, group_of
 from .telling.report import EnrichProgress, FailureKind
+from .telling.weather import away_in_words
 
 if TYPE_CHECKING:
     from .reading.selection import Row, Selection
@@ -155,6 +156,8 @@ class Ledger:
         progress.elapsed = self.elapsed
         progress.stopping = self.stopping
         progress.waiting = next((str(watch) for watch in self.watches if watch.trouble), None)
+        if progress.waiting is None and stats.away is not None:
+            progress.waiting = away_in_words(stats.away)
         progress.quota_seconds = stats.quota_seconds
 
     def count(self, report: EnrichReport) -> None:

@@ -63,6 +63,8 @@ class JobSpec:
     deadline: float | None = None
     lock_timeout: float = LOCKED_SECONDS
     wait_for_quota: float | None = None
+    timeout: float | None = None
+    outage_timeout: float | None = None
     key: str | None = field(default=None, repr=False)
     only: NamedRows | None = None
 
@@ -79,6 +81,8 @@ class JobSpec:
             "max_tokens_total",
             "deadline",
             "wait_for_quota",
+            "timeout",
+            "outage_timeout",
         ):
             value = getattr(self, name)
             if value is not None and not value > 0:

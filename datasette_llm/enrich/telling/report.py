@@ -56,7 +56,8 @@ class EnrichProgress:
         output_tokens: tokens received.
         elapsed: seconds since the job began.
         stopping: why it is stopping, if it is.
-        waiting: what keeps the database from being used and since when, in words: nothing is sent then.
+        waiting: what keeps the database from being used, or the provider from being reached, and since when,
+            in words: nothing is sent then.
         quota_seconds: how long a quota that is used up is still waited for, if it is.
     """
 

@@ -6,7 +6,7 @@ import time
 from typing import Literal, get_args
 
 #: Reasons that lie with the provider: no other row could have been answered.
-RefusedReason = Literal["key_refused", "no_money", "no_model", "quota", "refused_alike"]
+RefusedReason = Literal["key_refused", "no_money", "no_model", "quota", "refused_alike", "unreachable"]
 
 StopReason = Literal[
     RefusedReason,
@@ -31,6 +31,7 @@ STOPPED: dict[StopReason, str] = {
     "no_model": "the provider has no such model for this key",
     "quota": "the quota is used up",
     "refused_alike": "the provider refused the first rows all alike",
+    "unreachable": "the provider cannot be reached",
     "max_failures": "too many rows failed",
     "max_tokens_total": "the tokens are spent",
     "SIGINT": "interrupted",
@@ -45,6 +46,10 @@ _REMEDIES: dict[RefusedReason, str] = {
     "quota": "Go on when it is back, or let the job wait for that: --wait-for-quota {wait}",
     "refused_alike": (
         "Mend what it says. If it is about the rows themselves: --max-failures N goes on past N of them"
+    ),
+    "unreachable": (
+        "Is it running, is the address right, and is there a network? Go on when it is back, or let the job "
+        "wait longer: --outage-timeout DURATION"
     ),
 }
 
@@ -63,7 +68,8 @@ def advice(reason: RefusedReason, refusal: str | None, quota_seconds: float | No
     lines = []
     if refusal:
         shown = " ".join(refusal.split())
-        lines.append(f"  It says: {shown if len(shown) <= CHARACTERS else shown[:CHARACTERS] + '...'}")
+        said = "What happened" if reason == "unreachable" else "It says"
+        lines.append(f"  {said}: {shown if len(shown) <= CHARACTERS else shown[:CHARACTERS] + '...'}")
     lines.append(f"  {_REMEDIES[reason].format(wait=_as_option(quota_seconds))}")
     lines.append("  The rows that it concerns are not recorded as failed")
     return lines

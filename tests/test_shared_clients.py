@@ -34,7 +34,8 @@ LIMITS = {
         "anthropic-ratelimit-requests-limit": "600",
         "anthropic-ratelimit-requests-remaining": "599",
         "anthropic-ratelimit-requests-reset": "2026-01-01T00:00:00Z",
-    }
+    },
+    "mistral": {"x-ratelimit-limit-req-minute": "600", "x-ratelimit-remaining-req-minute": "599"},
 }
 USUAL_LIMITS = {
     "x-ratelimit-limit-requests": "600",
@@ -96,6 +97,19 @@ async def test_the_headers_of_every_answer_are_seen(family: str) -> None:
         assert refusal["retry-after"] == "7"
         assert len(server.requests) == 2
         await adopted.pool.aclose()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_announced_limits_set_the_pace(family: str) -> None:
+    with protocol_server(family) as server:
+        model = server.model()
+        server.script = Answer(headers=LIMITS.get(family, USUAL_LIMITS))
+        with registered(model):
+            async with LLM(datasette_with()).group(model.model_id) as group:
+                await (await group.prompt("you")).text()
+                announced = group._supervisor.slots._throttle._announced.requests
+                # 600 a minute, in every provider's spelling.
+                assert announced.rate == pytest.approx(10.0, rel=0.1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

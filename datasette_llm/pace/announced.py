@@ -2,7 +2,8 @@
 
 OpenAI and those who imitate it send ``x-ratelimit-limit-requests``, ``-remaining-requests`` and
 ``-reset-requests`` (``6m0s``, ``20ms``, ``0.25``), and the same for tokens; Anthropic
-``anthropic-ratelimit-requests-limit`` and so on, with a date as reset. From these a copy of the
+``anthropic-ratelimit-requests-limit`` and so on, with a date as reset; Mistral spells them in ways of its
+own. From these a copy of the
 provider's bucket is kept here, and corrected by each response.
 
 A response tells what remained when its request arrived, so it is compared with what the copy held then.
@@ -64,6 +65,41 @@ def seconds_until(text: str) -> float | None:
     return seconds
 
 
+#: How providers spell the headers of a bucket: what remains of it, how much it holds, when it is full again.
+#: OpenAI, Groq and those who imitate them; Anthropic; Mistral, which announces what is left of a minute, and
+#: for tokens by another gateway's names, too.
+_SPELLINGS: dict[str, tuple[tuple[str, str, str], ...]] = {
+    unit: (
+        (f"x-ratelimit-remaining-{unit}", f"x-ratelimit-limit-{unit}", f"x-ratelimit-reset-{unit}"),
+        (
+            f"anthropic-ratelimit-{unit}-remaining",
+            f"anthropic-ratelimit-{unit}-limit",
+            f"anthropic-ratelimit-{unit}-reset",
+        ),
+        (
+            f"x-ratelimit-remaining-{short}-minute",
+            f"x-ratelimit-limit-{short}-minute",
+            f"x-ratelimit-reset-{short}-minute",
+        ),
+        (f"{gateway}-remaining", f"{gateway}-limit", f"{gateway}-reset"),
+    )
+    for unit, short, gateway in (("requests", "req", "ratelimit"), ("tokens", "tokens", "ratelimitbysize"))
+}
+
+
+def _spelt(headers: Mapping[str, str], unit: str) -> tuple[float, float, float | None] | None:
+    """Find what remains of a limit, how much it is, and the seconds until it is full again."""
+    for remaining, limit, reset in _SPELLINGS[unit]:
+        left = headers.get(remaining)
+        if left is None:
+            continue
+        try:
+            return float(left), float(headers.get(limit) or "nan"), seconds_until(headers.get(reset) or "")
+        except ValueError:
+            continue
+    return None
+
+
 class AnnouncedLimits:
     """The limits on requests and on tokens that were announced, each as a copy of the provider's bucket."""
 
@@ -88,19 +124,10 @@ class AnnouncedLimits:
         """
         explained = False
         for bucket, unit in ((self.requests, "requests"), (self.tokens, "tokens")):
-            remaining = headers.get(f"x-ratelimit-remaining-{unit}")
-            if remaining is not None:
-                limit, reset = f"x-ratelimit-limit-{unit}", f"x-ratelimit-reset-{unit}"
-            else:
-                remaining = headers.get(f"anthropic-ratelimit-{unit}-remaining")
-                if remaining is None:
-                    continue
-                limit, reset = f"anthropic-ratelimit-{unit}-limit", f"anthropic-ratelimit-{unit}-reset"
-            try:
-                left, most = float(remaining), float(headers.get(limit) or "nan")
-            except ValueError:
+            found = _spelt(headers, unit)
+            if found is None:
                 continue
-            wait = seconds_until(headers.get(reset) or "")
+            left, most, wait = found
             bucket.observe(now, most, max(0.0, left), wait, age, sent_since)
             self.known = self.known or bucket.known
             explained = explained or (bucket.known and left < (1.0 if unit == "requests" else 0.25 * most))

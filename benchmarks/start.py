@@ -96,7 +96,9 @@ def measure(runs: int) -> list[Start]:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         starts = make_starts(directory)
-        environment = own_environment(name) | {"PYTHONPATH": name}
+        # Compiled modules are part of an installation, whatever this machine's environment says of them.
+        compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(directory / "compiled")}
+        environment = own_environment(name) | {"PYTHONPATH": name} | compiled
         for number in range(runs + 1):
             for start in starts:
                 start.run(environment)

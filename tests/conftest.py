@@ -76,6 +76,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     import hypothesis
+    from datasette import handle_exception
 
     chosen = config.getoption("--random-cancellations")
     hypothesis.settings.register_profile(
@@ -86,6 +87,8 @@ def pytest_configure(config: pytest.Config) -> None:
         database=None,
         suppress_health_check=list(hypothesis.HealthCheck),
     )
+    # import-linter brings rich along, with which Datasette fails on a page that there is not.
+    handle_exception.rich = None
     if not hasattr(openai_models.build_options_class, "cache_info"):
         # llm before 0.35 makes a hundred classes of options each time it lists its models, a tenth of
         # a second that nearly every test would wait for.

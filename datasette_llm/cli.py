@@ -124,6 +124,27 @@ def llm_group() -> None:
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Ask about N rows at most.")
 @click.option("--dry-run", is_flag=True, help="Count the rows, show the first three prompts; send nothing.")
 @click.option("--overwrite", is_flag=True, help="Also ask about rows that have a value, and replace it.")
+@click.option(
+    "--stale",
+    is_flag=True,
+    help="Only ask again where the question has changed: the row, prompt, model, options or schema.",
+)
+@click.option(
+    "--no-reuse",
+    "reuse",
+    is_flag=True,
+    default=True,
+    flag_value=False,
+    help="Send every row's prompt, also if another row asked the same.",
+)
+@click.option(
+    "--no-record",
+    "record",
+    is_flag=True,
+    default=True,
+    flag_value=False,
+    help="Keep no record of the run and of what each value answers.",
+)
 @click.option("--retry-failed", is_flag=True, help="Only ask about rows that failed before.")
 @click.option("--allow-cut", is_flag=True, help="Also write answers that ran out of tokens.")
 @click.option("--allow-empty", is_flag=True, help="Also write text answers that are empty.")
@@ -194,6 +215,8 @@ def enrich_command(
     as_json: bool,
     quiet: bool,
     options: tuple[tuple[str, str], ...],
+    no_reuse: bool,
+    no_record: bool,
     **asked: Any,
 ) -> None:
     """Run a prompt for every row of a table, and write the answers into a column of it.
@@ -252,6 +275,9 @@ def enrich_command(
         prompt=sys.stdin.read() if prompt == "-" else prompt,
         options=dict(options),
         key=_resolve_key(key),
+        reuse=not no_reuse,
+        record=not no_record,
+        by=_user(),
         **asked,
     )
     display = open_display(quiet=quiet)
@@ -454,6 +480,16 @@ def _check_header(path: str) -> None:
         header = file.read(len(_SQLITE_HEADER))
     if header not in (b"", _SQLITE_HEADER):
         raise InputProblem(f"{path} is no SQLite database")
+
+
+def _user() -> str | None:
+    """Return who runs the command, for the record."""
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):  # A container's user need not have a name.
+        return None
 
 
 def _resolve_key(key: str | None) -> str | None:

@@ -115,6 +115,11 @@ class WrappedAsyncModel:
             ),
         )
 
+    @property
+    def default_options(self) -> Mapping[str, Any]:
+        """What the configuration sets; options given to a prompt win."""
+        return self._choice.options
+
     def __getattr__(self, name: str) -> Any:
         # What llm's model says of itself: attachment_types, supports_schema, can_stream, ...
         if name.startswith("_") or name == "model":

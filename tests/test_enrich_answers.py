@@ -397,7 +397,7 @@ async def test_rows_with_nothing_to_ask_are_skipped(file: TableFile) -> None:
 
 @pytest.mark.real_clock
 async def test_skipped_rows_do_not_use_up_the_limit(file: TableFile) -> None:
-    file.run_many("insert into t(body) values (?)", [(None,)] * 70 + [("a",)] * 5)
+    file.run_many("insert into t(body) values (?)", [(None,)] * 70 + [(f"a{number}",) for number in range(5)])
     with fake_model() as model:
         report = await file.enrich("t", "{{ body }}", column="answer", limit=3)
     assert len(model.prompts) == 3

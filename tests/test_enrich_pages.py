@@ -10,7 +10,7 @@ import pytest
 from datasette_llm.enrich import EnrichJob, JobSpec
 from datasette_llm.enrich.database import read
 from datasette_llm.enrich.reading import selection
-from datasette_llm.enrich.reading.pages import count_rows, first_rows, read_rows
+from datasette_llm.enrich.reading.pages import count_rows, first_rows, read_pages
 from datasette_llm.enrich.reading.selection import NamedSelection, Selection
 from datasette_llm.enrich.reading.table import read_table
 from datasette_llm.enrich.spec import NamedRows
@@ -43,24 +43,24 @@ async def named(
 
 async def test_named_rows_come_in_the_order_of_their_names(file: TableFile) -> None:
     database, source = await named(file, 7, 3, 5_000, 5)
-    assert [row.key async for row in read_rows(database, source)] == [(7,), (3,), (5,)]
+    assert [row.key async for page in read_pages(database, source) for row in page] == [(7,), (3,), (5,)]
     assert await count_rows(database, source) == 3
 
 
 async def test_more_names_than_a_page(file: TableFile) -> None:
     database, source = await named(file, *range(1, 1201))
-    assert len([row async for row in read_rows(database, source)]) == 1_200
+    assert len([row async for page in read_pages(database, source) for row in page]) == 1_200
 
 
 async def test_big_rows_end_a_page(file: TableFile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "PAGE_BYTES", 5)
     database, source = await named(file, *range(1, 8))
-    assert [row.key[0] async for row in read_rows(database, source)] == list(range(1, 8))
+    assert [row.key[0] async for page in read_pages(database, source) for row in page] == list(range(1, 8))
 
 
 async def test_rows_named_by_the_rowid(file: TableFile) -> None:
     database, source = await named(file, 2, 4, columns=("rowid",))
-    assert [row.values["body"] async for row in read_rows(database, source)] == ["b2", "b4"]
+    assert [row.values["body"] async for page in read_pages(database, source) for row in page] == ["b2", "b4"]
 
 
 async def test_the_first_rows_are_found_behind_those_that_are_done(file: TableFile) -> None:

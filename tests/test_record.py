@@ -125,7 +125,7 @@ def test_runs_on_the_same_columns_are_one_job_and_find_each_others_answers(conn:
     grown = begin_run(conn, described("mood", "score", "reason"))
     elsewhere = begin_run(conn, described("other"))
     assert (grown.job, elsewhere.job != first.job) == (first.job, True)
-    assert find_answered(conn, grown.job, HASHER.digest("heron")) == 1
+    assert find_answered(conn, grown.job, HASHER.digest("heron")) == (1, 0, 0)
     assert find_answered(conn, grown.job, HASHER.digest("ibis")) is None
     assert find_answered(conn, elsewhere.job, HASHER.digest("heron")) is None
 

@@ -46,6 +46,9 @@ async def enrich(
     concurrency: int | None = None,
     overwrite: bool = False,
     retry_failed: bool = False,
+    stale: bool = False,
+    reuse: bool = True,
+    record: bool = True,
     dry_run: bool = False,
     allow_cut: bool = False,
     allow_empty: bool = False,
@@ -88,6 +91,11 @@ async def enrich(
         concurrency: how many prompts are in flight at once; adapts to the provider by default.
         overwrite: also ask about rows that have a value, and replace it.
         retry_failed: only ask about rows that are recorded as failed.
+        stale: only ask about rows whose value answers a question that would now be another one: the row,
+            the prompt, the model, its options or the schema has changed.
+        reuse: rows that ask the same are asked once, across runs too; ``False`` asks for each row.
+        record: keep a record of the run and of what each value answers, in the tables ``_llm_runs`` and
+            ``_llm_answers`` of the database; without it nothing is reused across runs.
         dry_run: count, render the first prompts, send and write nothing.
         allow_cut: write answers that ran out of tokens, too.
         allow_empty: write text answers that are empty, too.
@@ -134,6 +142,9 @@ async def enrich(
         concurrency=concurrency,
         overwrite=overwrite,
         retry_failed=retry_failed,
+        stale=stale,
+        reuse=reuse,
+        record=record,
         dry_run=dry_run,
         allow_cut=allow_cut,
         allow_empty=allow_empty,

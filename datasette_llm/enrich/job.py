@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -22,38 +23,31 @@ import anyio
 from datasette_llm._compat import BaseExceptionGroup
 from datasette_llm.access.settings import get_settings
 from datasette_llm.backends.datasette_side import open_side
-from datasette_llm.calls.failures import words_of
-from datasette_llm.errors import PromptCancelled, ProviderUnreachable
 from datasette_llm.pace.policy import Patience
-from datasette_llm.secrecy import redacted
 
+from .asking import Asking
 from .collector import spare_older_objects
-from .errors import DatabaseError, EnrichError, RowError
+from .database import write
+from .errors import DatabaseError, EnrichError
 from .ledger import Ledger
 from .plan import make_plan
-from .reading.pages import count_rows, read_rows
-from .refusals import Refusals, stop_reason
-from .spacing import Spacing
-from .telling.kinds import kind_of
+from .reading.pages import count_rows
 from .telling.report import EnrichReport
-from .trouble import Watch
-from .writing.answers import check_finish
-from .writing.landing import Result
 from .writing.lock import only_job
-from .writing.skipped import Forgetter
+from .writing.recorder import recorder_of, versions_of
 from .writing.take_up import side_file_of, take_up
 from .writing.writer import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterator
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractAsyncContextManager
 
     from .plan import Plan
-    from .reading.selection import Row
     from .spec import JobSpec
     from .telling.report import EnrichProgress
-    from .telling.stopped import RefusedReason, StopReason
+    from .telling.stopped import StopReason
     from .writing.landing import Outcome
+    from .writing.recorder import Recorder
 
 logger = logging.getLogger("datasette_llm")
 
@@ -65,13 +59,6 @@ FIRST_CONTACT_SECONDS = 10.0
 DEADLINE_GRACE_SECONDS = 60.0
 # How long the rows left are counted after an early end, while somebody waits for the prompt.
 RECOUNT_SECONDS = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    row: Row
-    prompt: str
-    pulled: float
 
 
 class EnrichJob:
@@ -104,7 +91,6 @@ class EnrichJob:
         self._on_settled = on_settled
         self._open_group = open_group or self._open_llm_group
         self._ledger = Ledger(spec)
-        self._spacing = Spacing()
         self._prompting: anyio.CancelScope | None = None
 
     @property
@@ -150,20 +136,24 @@ class EnrichJob:
             columns = tuple(output.name for output in plan.outputs.columns)
             report = EnrichReport(self._spec.database, plan.table.name, columns)
             if self._spec.dry_run:
-                report.model = await self._model_id(plan.schema)
+                plan = await self._for_model(plan, report)
                 await plan.preview(report)
             else:
                 with only_job(plan.database, plan.table.name, columns), spare_older_objects():
                     plan = await self._take_up(plan, report)
+                    if self._spec.stale:
+                        plan = await self._for_model(plan, report)
                     if await plan.check_first_row():
                         await self._run_prompts(plan, report)
                     else:
+                        await self._make_columns(plan, report)
                         report.total = report.remaining = 0
             report.elapsed = ledger.elapsed
         return report
 
     async def _run_prompts(self, plan: Plan, report: EnrichReport) -> None:
-        ledger = self._ledger
+        ledger, began_with = self._ledger, plan
+        recorder: Recorder | None = None
         try:
             async with anyio.create_task_group() as tasks:
                 writer: Writer | None = None
@@ -173,11 +163,14 @@ class EnrichJob:
                         ledger.model = model
                         report.model = model.model_id
                         self._spec.check_model(model, plan.schema)
-                        writer = self._open_writer(plan, report)
+                        plan = plan.for_model(model)
+                        recorder = recorder_of(plan, model.model_id, versions_of(model))
+                        writer = self._open_writer(plan, report, recorder)
                         tasks.start_soon(_run_then_set, writer, written)
                         tasks.start_soon(self._keep_counting, plan, report)
                         tasks.start_soon(self._keep_reporting, report)
-                        await self._take_answers(model, plan, writer, report)
+                        asking = Asking(plan, model, writer, ledger, report, self.stop)
+                        await asking.run()
                 if self._prompting.cancelled_caught:
                     ledger.stopping = ledger.stopping or "deadline"
                 if writer is not None:
@@ -189,91 +182,21 @@ class EnrichJob:
         except BaseExceptionGroup as group:
             raise_bare(group)
         ledger.close(report)
+        if recorder is not None and recorder.run is not None:
+            report.run = recorder.run.run
+            plan = replace(plan, job=recorder.run.job)
+            with suppress(DatabaseError):
+                end = partial(
+                    recorder.end,
+                    outcome=report.stopped or "done",
+                    skipped=report.skipped,
+                    failures=report.failures,
+                )
+                await write(plan.database, end)
         await self._count_rest(plan, report)
+        await self._count_incomplete(began_with, report)
         ledger.update_progress(report)
         await self._report_progress()
-
-    async def _take_answers(self, model: Any, plan: Plan, writer: Writer, report: EnrichReport) -> None:
-        work = self._work(model, plan, writer)
-        keywords = self._spec.prompt_keywords(plan.schema)
-        refusals = Refusals(tolerant=self._spec.max_failures is not None)
-        try:
-            async for item, response in model.map(work, _prompt_of, **keywords):
-                try:
-                    text = await response.text()
-                    check_finish(response, text, allow_cut=self._spec.allow_cut)
-                    values = plan.outputs.parse(text)
-                except PromptCancelled:
-                    continue  # Neither answered nor failed: the row is for the next run.
-                except ProviderUnreachable as error:
-                    self._ledger.leave()
-                    self._stop_refused(report, "unreachable", str(error))
-                except Exception as error:
-                    refused = stop_reason(model.refusal, error)
-                    if refused is not None:
-                        refusals.held.clear()
-                        self._ledger.leave()
-                        self._stop_refused(report, refused, words_of(model.refusal.error))
-                        report.quota_seconds = model.refusal.retry_after
-                        continue
-                    self._ledger.answer(error)
-                    failure = self._failure(item.row, error, attempts=response.attempts)
-                    for result in refusals.failed(failure):
-                        writer.add(result)
-                    if refusals.alike is not None:
-                        self._stop_refused(report, "refused_alike", refusals.alike)
-                else:
-                    self._ledger.answer()
-                    self._spacing.answered(anyio.current_time() - item.pulled)
-                    writer.add(Result(item.row, values))
-                    for result in refusals.decide():
-                        writer.add(result)
-        finally:
-            for result in refusals.held:
-                writer.add(result)
-
-    def _stop_refused(self, report: EnrichReport, reason: RefusedReason, words: str) -> None:
-        """Stop since the provider would refuse every other row too."""
-        report.refusal = report.refusal or redacted(words)
-        self.stop(reason)
-
-    async def _work(self, model: Any, plan: Plan, writer: Writer) -> AsyncGenerator[_Work, None]:
-        """Yield the prompts until the rows, or the reasons to go on, run out."""
-        ledger, forgetter = self._ledger, Forgetter(plan)
-        async with aclosing(self._rows(plan)) as rows:
-            async for row in rows:
-                await writer.ready()
-                if ledger.is_over():
-                    break
-                try:
-                    prompt = plan.template.render(row.values)
-                except RowError as error:
-                    ledger.pull(row)
-                    ledger.answer(error)
-                    writer.add(self._failure(row, error, attempts=0))
-                    continue
-                if not prompt:
-                    ledger.skip(row)
-                    await forgetter.add(row.key)
-                else:
-                    ledger.pull(row)
-                    now = anyio.current_time()
-                    wait = self._spacing.wait(now, model.stats.concurrency)
-                    if wait:
-                        await anyio.sleep(wait)
-                    yield _Work(row, prompt, now + wait)
-        await forgetter.flush()
-
-    async def _rows(self, plan: Plan) -> AsyncGenerator[Row, None]:
-        """Yield the rows of the table, as long as it can be read."""
-        watch = Watch(self._spec.lock_timeout)
-        self._ledger.watches.append(watch)
-        try:
-            async with aclosing(read_rows(plan.database, plan.source, watch=watch)) as rows:
-                async for row in rows:
-                    yield row
-        except DatabaseError as error:
-            self._stop_for(str(error))
 
     async def _take_up(self, plan: Plan, report: EnrichReport) -> Plan:
         """Write the answers that an earlier run had to leave in the side file."""
@@ -281,7 +204,7 @@ class EnrichJob:
         report.taken_up, report.outdated = taken.written, taken.dropped
         return taken.plan
 
-    def _open_writer(self, plan: Plan, report: EnrichReport) -> Writer:
+    def _open_writer(self, plan: Plan, report: EnrichReport, recorder: Recorder | None) -> Writer:
         side_file = side_file_of(plan)
 
         def settle(outcome: Outcome) -> None:
@@ -296,6 +219,7 @@ class EnrichJob:
             settle,
             self._stop_for,
             patience_seconds=self._spec.lock_timeout,
+            recorder=recorder,
         )
         self._ledger.watches.append(writer.watch)
         return writer
@@ -309,10 +233,6 @@ class EnrichJob:
         self._ledger.settle(report, outcome)
         if self._on_settled is not None:
             self._on_settled(outcome)
-
-    def _failure(self, row: Row, error: Exception, *, attempts: int) -> Result:
-        ledger = self._ledger
-        return Result(row, None, error, kind_of(error), ledger.message_of(error), attempts)
 
     async def _keep_counting(self, plan: Plan, report: EnrichReport) -> None:
         ledger, done = self._ledger, report.done
@@ -372,17 +292,30 @@ class EnrichJob:
         configured = get_settings(self._datasette).prompt_settings(spec.purpose, None).outage_timeout
         return Patience(configured or OUTAGE_SECONDS, together=True, first_contact=FIRST_CONTACT_SECONDS)
 
-    async def _model_id(self, schema: dict[str, Any] | None) -> str:
+    async def _make_columns(self, plan: Plan, report: EnrichReport) -> None:
+        """Make the output columns although no row waits: what is built on them must not break."""
+        if len(plan.outputs.existing) < len(plan.outputs.columns):
+            await self._for_model(plan, report)
+            await plan.with_columns()
+        await self._count_incomplete(plan, report)
+
+    async def _count_incomplete(self, plan: Plan, report: EnrichReport) -> None:
+        """Count the rows that have values of a smaller schema, and lack those that are new."""
+        lacking = plan.incomplete
+        if lacking is not None and not self._spec.replaces:
+            with anyio.move_on_after(RECOUNT_SECONDS), suppress(EnrichError):
+                report.incomplete_columns = lacking.outputs
+                report.incomplete = await count_rows(plan.database, lacking)
+
+    async def _for_model(self, plan: Plan, report: EnrichReport) -> Plan:
+        """Return the plan for the model that the job would use, without a group."""
         from datasette_llm.facade import LLM
 
         spec = self._spec
         model = await LLM(self._datasette).model(spec.model, purpose=spec.purpose, actor=spec.actor)
-        spec.check_model(model, schema)
-        return model.model_id
-
-
-def _prompt_of(work: _Work) -> str:
-    return work.prompt
+        spec.check_model(model, plan.schema)
+        report.model = model.model_id
+        return plan.for_model(model)
 
 
 async def _run_then_set(writer: Writer, event: anyio.Event) -> None:

@@ -20,6 +20,7 @@ from .telling.weather import away_in_words
 if TYPE_CHECKING:
     from .reading.selection import Row, Selection
     from .reading.table import SQLValue
+    from .reuse import Answer
     from .spec import JobSpec
     from .telling.report import EnrichReport
     from .telling.stopped import StopReason
@@ -41,6 +42,8 @@ class Ledger:
         model: the group's model, once there is one.
         skipped: rows that there was nothing to ask about.
         counted: rows that were to do when they were counted, whatever the limit; ``None`` until then.
+        saved_input_tokens: of questions that were not sent, since their answers were known.
+        saved_output_tokens: likewise.
         watches: what may keep the job waiting for its database.
         trouble: what keeps the database from being used, if that is why the job stops.
     """
@@ -56,8 +59,12 @@ class Ledger:
         self.began = 0.0
         self.skipped = 0
         self.counted: int | None = None
+        self.saved_input_tokens = 0
+        self.saved_output_tokens = 0
         self._pulled = 0
         self._answered = 0
+        # Pulled, and waiting for what another row has asked.
+        self._waiting = 0
         self._failed = 0
         self._failed_in_a_row = 0
         self._left = 0
@@ -72,7 +79,7 @@ class Ledger:
 
     @property
     def in_flight(self) -> int:
-        return self._pulled - self._answered
+        return self._pulled - self._answered - self._waiting
 
     def pull(self, row: Row) -> None:
         self._pulled += 1
@@ -97,11 +104,32 @@ class Ledger:
         self._answered += 1
         self._left += 1
 
+    def wait(self) -> None:
+        """A row that was pulled waits: its question may be on its way already."""
+        self._waiting += 1
+
+    def send(self) -> None:
+        """The row that came to wait last is sent itself."""
+        self._waiting -= 1
+
+    def shared(self, *, failed: bool = False) -> None:
+        """A row that waited has what the row that asked the same has got."""
+        self._waiting -= 1
+        self._answered += 1
+        self._failed += failed
+
+    def save(self, answer: Answer) -> None:
+        """Enter a row that has its answer without a request."""
+        self.saved_input_tokens += answer.input_tokens
+        self.saved_output_tokens += answer.output_tokens
+
     def settle(self, report: EnrichReport, outcome: Outcome) -> None:
         """Enter what a transaction did."""
         report.written += len(outcome.written)
         report.failed += len(outcome.failed)
         report.changed += len(outcome.changed)
+        report.reused += sum(result.reused for result in outcome.written)
+        report.no_value += sum(result.no_value for result in outcome.written)
         report.in_side_file += len(outcome.set_aside)
         report.lost += len(outcome.lost)
         for results in (outcome.written, outcome.failed, outcome.changed, outcome.set_aside):
@@ -174,6 +202,8 @@ class Ledger:
         report.elapsed = self.elapsed
         self.count(report)
         report.cancelled = self.in_flight
+        report.saved_input_tokens = self.saved_input_tokens
+        report.saved_output_tokens = self.saved_output_tokens
         report.failures = sorted(self._failures.values(), key=lambda kind: -kind.count)
         if self.model is not None:
             stats = self.model.stats

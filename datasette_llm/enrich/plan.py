@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .database import find_database, read, recover, write
-from .errors import RowError
+from .errors import EnrichInputError, RowError
+from .question import QuestionHasher
 from .reading.pages import count_rows, first_rows
 from .reading.selection import FailedSelection, NamedSelection, Selection
+from .reading.stale import StaleSelection
 from .reading.table import read_table
 from .reading.template import PromptTemplate
+from .record.answers import has_no_value_sql
+from .record.runs import find_job
 from .writing.outputs import Outputs
 from .writing.schema import read_schema
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
 
     from .reading.selection import Row, Source
     from .reading.table import Table
@@ -37,6 +41,9 @@ class Plan:
     Attributes:
         database: Datasette's database object.
         schema: the JSON schema of an answer, if there is one.
+        job: what runs on the same columns are recorded as, if there was one before.
+        hasher: makes the identity of a question, once the model is known.
+        options: all that the model is called with, once it is known.
     """
 
     spec: JobSpec
@@ -45,6 +52,9 @@ class Plan:
     template: PromptTemplate
     schema: dict[str, Any] | None
     outputs: Outputs
+    job: int | None = None
+    hasher: QuestionHasher | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def source(self) -> Source:
@@ -52,12 +62,44 @@ class Plan:
         rows, only = self.rows, self.spec.only
         if only is not None:
             return NamedSelection(rows, only.columns, only.keys)
+        if self.spec.stale and self.job is not None:
+            return StaleSelection(rows, self.outputs.existing, self.job, self.question)
         return FailedSelection(rows, self.outputs.label) if self.spec.retry_failed else rows
 
     @property
     def rows(self) -> Selection:
         spec = self.spec
-        return Selection(self.table, self.template.columns, self.outputs.marks, spec.where, spec.overwrite)
+        done = None
+        if self.job is not None:
+            done = has_no_value_sql(self.job, [f"{self.table.sql_name}.{key}" for key in self.table.key])
+        return Selection(
+            self.table, self.template.columns, self.outputs.marks, spec.where, spec.replaces, done
+        )
+
+    @property
+    def may_reuse_earlier(self) -> bool:
+        """Whether answers of earlier runs may be given again: not where the user wants new ones."""
+        return self.spec.reuse and not self.spec.overwrite
+
+    def for_model(self, model: Any) -> Plan:
+        """Return the plan for a model: only now it is known what a question is.
+
+        Args:
+            model: as the facade gives it.
+        """
+        spec = self.spec
+        options = {**getattr(model, "default_options", {}), **spec.options}
+        hasher = QuestionHasher(model.model_id, options=options, system=spec.system, schema=self.schema)
+        return replace(self, hasher=hasher, options=options)
+
+    def question(self, row: Row) -> tuple[str, bytes]:
+        """Return the prompt of a row, empty if there is nothing to ask, and the hash of what is sent.
+
+        Raises:
+            RowError: the prompt cannot be rendered.
+        """
+        prompt = self.template.render(row.values)
+        return prompt, self.hasher.digest(prompt) if self.hasher is not None and prompt else b""
 
     async def check_first_row(self) -> bool:
         """Say whether there is a row, having rendered it: an attempt to leave the sandbox shows then.
@@ -69,6 +111,17 @@ class Plan:
         if rows:
             self._shown(rows[0])
         return bool(rows)
+
+    @property
+    def incomplete(self) -> Selection | None:
+        """The rows with values in output columns that exist, and none in those that are about to be added."""
+        existing = self.outputs.existing
+        new = tuple(output.name for output in self.outputs.columns if not output.exists)
+        if not existing or not new or self.schema is None:
+            return None
+        filled = " or ".join(f"{self.table.sql_column(name)} is not null" for name in existing)
+        where = f"({self.spec.where}\n) and ({filled})" if self.spec.where else filled
+        return Selection(self.table, (), new, where)
 
     async def with_columns(self, write: Write = write) -> Plan:
         """Add the output columns that the table lacks; return the plan for the table as it is then."""
@@ -128,6 +181,13 @@ async def make_plan(datasette: Any, spec: JobSpec) -> Plan:
     template = PromptTemplate(spec.prompt, table.column_names)
     schema = None if spec.schema is None else read_schema(spec.schema)
     outputs = _outputs(spec, table, schema)
-    plan = Plan(spec, database, table, template, schema, outputs)
+    names = [output.name for output in outputs.columns]
+    job = await read(database, partial(find_job, table=table.name, columns=names)) if spec.record else None
+    if spec.stale and job is None:
+        raise EnrichInputError(
+            f"No answers in {table.name!r} ({outputs.label}) are on record, so none can be told to be stale: "
+            "--overwrite asks about all rows again"
+        )
+    plan = Plan(spec, database, table, template, schema, outputs, job)
     await read(database, plan.rows.check)
     return plan

@@ -8,7 +8,7 @@ for as long as they are used, within a bound; those of earlier runs are found in
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import anyio
 
@@ -27,6 +27,14 @@ MOST_CHARACTERS = 4_000_000
 MOST_WAITING = 2_000
 
 
+class Answer(NamedTuple):
+    """What a question was answered with: values for the output columns, and the tokens that it took."""
+
+    values: tuple[SQLValue, ...]
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
 class Questions(Generic[R]):
     """The questions of one run: which are asked, who waits for them, and the latest answers.
 
@@ -37,17 +45,17 @@ class Questions(Generic[R]):
     def __init__(self, *, reuse: bool = True) -> None:
         self._reuse = reuse
         self._asked: dict[bytes, list[R]] = {}
-        self._answers: OrderedDict[bytes, tuple[SQLValue, ...]] = OrderedDict()
+        self._answers: OrderedDict[bytes, Answer] = OrderedDict()
         self._characters = 0
         self._waiting = 0
         self._room = anyio.Event()
 
-    def answer_to(self, question: bytes) -> tuple[SQLValue, ...] | None:
-        """Return the values that this question was answered with, if they are known."""
-        values = self._answers.get(question)
-        if values is not None:
+    def answer_to(self, question: bytes) -> Answer | None:
+        """Return what this question was answered with, if that is known."""
+        answer = self._answers.get(question)
+        if answer is not None:
             self._answers.move_to_end(question)
-        return values
+        return answer
 
     async def ask_or_wait(self, question: bytes, row: R) -> bool:
         """Say whether a row's question is to be sent; if not, the row waits for the answer under way.
@@ -68,10 +76,10 @@ class Questions(Generic[R]):
             await self._room.wait()
         return False
 
-    def answered(self, question: bytes, values: tuple[SQLValue, ...]) -> list[R]:
+    def answered(self, question: bytes, answer: Answer) -> list[R]:
         """Take note of an answer. Returns the rows that waited for it."""
         if self._reuse:
-            self._keep(question, values)
+            self._keep(question, answer)
         return self.given_up(question)
 
     def given_up(self, question: bytes) -> list[R]:
@@ -82,20 +90,20 @@ class Questions(Generic[R]):
             self._room.set()
         return rows
 
-    def learn(self, answers: Mapping[bytes, tuple[SQLValue, ...]]) -> None:
+    def learn(self, answers: Mapping[bytes, Answer]) -> None:
         """Take note of answers that earlier runs had."""
-        for question, values in answers.items():
-            self._keep(question, values)
+        for question, answer in answers.items():
+            self._keep(question, answer)
 
-    def _keep(self, question: bytes, values: tuple[SQLValue, ...]) -> None:
+    def _keep(self, question: bytes, answer: Answer) -> None:
         before = self._answers.pop(question, None)
-        self._characters += _size(values) - (0 if before is None else _size(before))
-        self._answers[question] = values
+        self._characters += _size(answer) - (0 if before is None else _size(before))
+        self._answers[question] = answer
         while len(self._answers) > MOST_ANSWERS or (
             self._characters > MOST_CHARACTERS and len(self._answers) > 1
         ):
             self._characters -= _size(self._answers.popitem(last=False)[1])
 
 
-def _size(values: tuple[SQLValue, ...]) -> int:
-    return sum(len(value) if isinstance(value, (str, bytes)) else 8 for value in values)
+def _size(answer: Answer) -> int:
+    return sum(len(value) if isinstance(value, (str, bytes)) else 8 for value in answer.values)

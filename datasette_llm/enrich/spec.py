@@ -38,6 +38,7 @@ class JobSpec:
 
     Attributes:
         only: the rows it is about, instead of all of the table.
+        by: who asks for it, for the record, if it is no actor.
     """
 
     database: str
@@ -55,6 +56,9 @@ class JobSpec:
     concurrency: int | None = None
     overwrite: bool = False
     retry_failed: bool = False
+    stale: bool = False
+    reuse: bool = True
+    record: bool = True
     dry_run: bool = False
     allow_cut: bool = False
     allow_empty: bool = False
@@ -67,6 +71,12 @@ class JobSpec:
     outage_timeout: float | None = None
     key: str | None = field(default=None, repr=False)
     only: NamedRows | None = None
+    by: str | None = None
+
+    @property
+    def replaces(self) -> bool:
+        """Whether answers replace the values that rows have."""
+        return self.overwrite or self.stale
 
     def check(self) -> None:
         """Check what needs neither the database nor the model.
@@ -87,8 +97,21 @@ class JobSpec:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise EnrichInputError(f"{name} must be more than 0, not {value}")
+        self._check_stale()
         if not self.lock_timeout >= 0:
             raise EnrichInputError(f"lock_timeout must not be less than 0, as {self.lock_timeout} is")
+
+    def _check_stale(self) -> None:
+        if not self.stale:
+            return
+        if not self.record:
+            raise EnrichInputError(
+                "Without the record of answers nothing can be told to be stale: do without --no-record"
+            )
+        for name in ("overwrite", "retry_failed"):
+            if getattr(self, name):
+                option = name.replace("_", "-")
+                raise EnrichInputError(f"--stale and --{option} are about different rows: give one of them")
 
     def prompt_keywords(self, schema: dict[str, Any] | None) -> dict[str, Any]:
         """Return what every prompt of the job is sent with."""

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from .table import SQLValue
 
 
-async def read_rows(
+async def read_pages(
     database: Any, source: Source, *, watch: Watch | None = None
-) -> AsyncGenerator[Row, None]:
-    """Yield the rows in the order of their keys. Nothing is held open between two of them.
+) -> AsyncGenerator[list[Row], None]:
+    """Yield the rows in the order of their keys, some at a time. Nothing is held open between two pages.
 
     Raises:
         DatabaseError: the database cannot be read, and ``watch`` has no more patience.
@@ -28,8 +28,8 @@ async def read_rows(
     size = FIRST_PAGE_ROWS
     while True:
         rows, after = await read(database, partial(source.page, after=after, size=size), watch=watch)
-        for row in rows:
-            yield row
+        if rows:
+            yield rows
         if after is None:
             return
         size = min(size * 3, PAGE_ROWS)

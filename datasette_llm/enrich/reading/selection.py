@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol
 
 from ..errors import EnrichInputError
 from ..trouble import is_locked
@@ -17,7 +17,7 @@ from ..writing.failures import ERRORS_TABLE, has_errors_table, key_from_stored
 from .table import ROWID_NAMES, quote
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from .table import SQLValue, Table
 
@@ -29,6 +29,18 @@ PAGE_ROWS = 500
 PAGE_BYTES = 4_000_000
 # Rows that are looked at in one go when counting: a few milliseconds.
 COUNT_ROWS = 20_000
+
+
+class Source(Protocol):
+    """Rows that a job is about: read a page at a time, counted a stretch at a time."""
+
+    def page(
+        self, conn: sqlite3.Connection, after: tuple[SQLValue, ...] | None, size: int = PAGE_ROWS
+    ) -> tuple[list[Row], tuple[SQLValue, ...] | None]: ...
+
+    def count(
+        self, conn: sqlite3.Connection, after: tuple[SQLValue, ...] | None
+    ) -> tuple[int, tuple[SQLValue, ...] | None]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +60,7 @@ class Selection:
         outputs: existing output columns; a row in which one of them has a value is done.
         where: an SQL condition of the user, or ``None``.
         overwrite: rows that are done count too.
+        done: an SQL condition for rows that are done although they have no value, or ``None``.
     """
 
     table: Table
@@ -55,18 +68,23 @@ class Selection:
     outputs: tuple[str, ...] = ()
     where: str | None = None
     overwrite: bool = False
+    done: str | None = None
+    _what: str = field(init=False, repr=False)
     _select: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         columns = [f"{self.table.sql_name}.{key}" for key in self.table.key]
         columns += [self.table.sql_column(name) for name in self.columns]
-        object.__setattr__(self, "_select", f"select {', '.join(columns)} from {self.table.sql_name} where ")
+        what = ", ".join(columns)
+        object.__setattr__(self, "_what", what)
+        object.__setattr__(self, "_select", f"select {what} from {self.table.sql_name} where ")
 
     def condition(self) -> str:
         """Return the SQL condition on a row: not done yet, and as the user asked."""
         parts = []
         if not self.overwrite:
             parts += [f"{self.table.sql_column(name)} is null" for name in self.outputs]
+            parts += [f"not {self.done}"] if self.done is not None else []
         if self.where and self.where.strip():
             # The newline ends an SQL comment of the user's.
             parts.append(f"({self.where}\n)")
@@ -116,12 +134,34 @@ class Selection:
         try:
             for record in cursor:
                 rows.append(self._row(tuple(record)))
-                held += _size(rows[-1])
+                held += size_of(rows[-1])
                 if held >= PAGE_BYTES:
                     return rows, rows[-1].key
         finally:
             cursor.close()
         return rows, rows[-1].key if len(rows) == size else None
+
+    def with_expression(
+        self,
+        conn: sqlite3.Connection,
+        expression: str,
+        condition: str,
+        after: tuple[SQLValue, ...] | None,
+        size: int,
+    ) -> Iterator[tuple[Row, SQLValue]]:
+        """Yield the rows after a key that meet another condition, each with the value of an expression."""
+        keys = [f"{self.table.sql_name}.{key}" for key in self.table.key]
+        beyond, parameters = self._beyond(after)
+        condition = f"{self.condition()} and {condition} and {beyond}"
+        sql = f"select {self._what}, {expression} from {self.table.sql_name} where {condition}"
+        sql += f" order by {', '.join(keys)} limit {size}"
+        cursor = conn.execute(sql, parameters)
+        try:
+            for record in cursor:
+                *values, extra = tuple(record)
+                yield self._row(tuple(values)), extra
+        finally:
+            cursor.close()
 
     def by_key(self, conn: sqlite3.Connection, key: Sequence[SQLValue]) -> Row | None:
         """Return one row, if it still exists and is still to be done."""
@@ -199,7 +239,7 @@ class FailedSelection:
             last = rowid
             if row is not None:
                 rows.append(row)
-                held += _size(row)
+                held += size_of(row)
                 if held >= PAGE_BYTES:
                     return rows, (last,)
         return rows, (last,) if len(records) == size else None
@@ -237,18 +277,16 @@ class NamedSelection:
         for position, key in enumerate(self.keys[begin : begin + size], begin + 1):
             found = self.rows.named(conn, self.columns, key)
             rows += found
-            held += sum(map(_size, found))
+            held += sum(map(size_of, found))
             if held >= PAGE_BYTES and position < len(self.keys):
                 return rows, (position,)
         end = begin + size
         return rows, (end,) if end < len(self.keys) else None
 
 
-def _size(row: Row) -> int:
+def size_of(row: Row) -> int:
+    """Return about how many bytes a row takes."""
     return sum(len(value) for value in row.values.values() if isinstance(value, (str, bytes)))
-
-
-Source: TypeAlias = Selection | FailedSelection | NamedSelection
 
 
 def literal(value: SQLValue) -> str:

@@ -60,14 +60,15 @@ def note_answers(conn: sqlite3.Connection, run: RunId, answers: Iterable[Answere
     )
 
 
-def find_answered(conn: sqlite3.Connection, job: int, question: bytes) -> Any:
-    """Return the noted key of a row of this job that was asked this very question, or ``None``."""
-    found = conn.execute(
-        f"select pk from {ANSWERS_TABLE} indexed by {QUESTION_INDEX}"  # SQLite would take the other one
-        " where job = ? and substr(question, 1, 4) = ? and question = ? and not no_value limit 1",
-        (job, question[:4], question),
-    ).fetchone()
-    return None if found is None else found[0]
+def find_answered(conn: sqlite3.Connection, job: int, question: bytes) -> tuple[Any, int, int] | None:
+    """Return a row of this job that was asked this very question: its noted key, tokens in and out."""
+    sql = f"""
+        select pk, coalesce(input_tokens, 0), coalesce(output_tokens, 0)
+        from {ANSWERS_TABLE} indexed by {QUESTION_INDEX} -- SQLite would take the primary key
+        where job = ? and substr(question, 1, 4) = ? and question = ? and not no_value limit 1
+    """
+    found = conn.execute(sql, (job, question[:4], question)).fetchone()
+    return None if found is None else tuple(found)
 
 
 def has_no_value_sql(job: int, key: Sequence[str]) -> str:

@@ -95,6 +95,8 @@ class EnrichReport:
         failed: rows that failed; ``_llm_enrich_errors`` has each of them.
         changed: rows that were deleted, edited or filled by somebody else while their prompt was
             out: their answers were dropped, and those that still lack a value are for the next run.
+        reused: those of the rows written that asked what another row had asked: nothing was sent for them.
+        no_value: those of the rows written whose answer was that there is no value.
         skipped: rows whose prompt is empty: nothing was sent, and nothing is wrong. They are not counted
             in a limit. Of a dry run: how many of the rows shown.
         in_side_file: rows whose values could not be written and are in ``side_file``, which the next run
@@ -109,6 +111,8 @@ class EnrichReport:
         retries: model calls beyond the first of a prompt.
         input_tokens: tokens sent, as the models counted them.
         output_tokens: tokens received.
+        saved_input_tokens: tokens that reused answers would have taken.
+        saved_output_tokens: likewise.
         elapsed: seconds.
         write_seconds: the part of them during which a write was under way.
         stopped: why it ended before the last row, or ``None``.
@@ -120,6 +124,8 @@ class EnrichReport:
         dry_run: nothing was sent and nothing was written.
         resume_where: after an early end with ``overwrite``: an SQL condition for the rows not done
             yet. Without ``overwrite`` the same call goes on by itself.
+        run: its number in the record, if it has one.
+        incomplete: rows that have values of an earlier schema and none for ``incomplete_columns``.
     """
 
     database: str
@@ -130,6 +136,8 @@ class EnrichReport:
     written: int = 0
     failed: int = 0
     changed: int = 0
+    reused: int = 0
+    no_value: int = 0
     skipped: int = 0
     in_side_file: int = 0
     side_file: str | None = None
@@ -141,6 +149,8 @@ class EnrichReport:
     retries: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
+    saved_input_tokens: int = 0
+    saved_output_tokens: int = 0
     elapsed: float = 0.0
     write_seconds: float = 0.0
     stopped: StopReason | None = None
@@ -151,6 +161,9 @@ class EnrichReport:
     prompts: list[str] = field(default_factory=list)
     dry_run: bool = False
     resume_where: str | None = None
+    run: int | None = None
+    incomplete: int = 0
+    incomplete_columns: tuple[str, ...] = ()
 
     @property
     def done(self) -> int:
@@ -189,6 +202,7 @@ class EnrichReport:
         if self.done == self.skipped and not self.stopped and not self.in_side_file and not self.lost:
             if not self.skipped:
                 lines.append(f"Nothing left to do: no row of {where} is waiting for a value.")
+                lines += self._incomplete()
             else:
                 lines.append(f"Nothing left to do: each row of {where} without a value has an empty prompt.")
                 lines.append(skipped)
@@ -206,6 +220,15 @@ class EnrichReport:
             recorded = "" if self.trouble else f" ({each} is in _llm_enrich_errors)"
             lines.append(f"{counted(self.failed, 'row')} failed{recorded}:")
             lines += map(_failure_line, self.failures)
+        if self.reused:
+            saved = self.saved_input_tokens + self.saved_output_tokens
+            lines.append(
+                f"{counted(self.reused, 'row')} asked what another row had asked: "
+                f"{counted(self.reused, 'prompt')} and {counted(saved, 'token')} saved"
+            )
+        if self.no_value:
+            lines.append(f"{counted(self.no_value, 'row')} answered with no value")
+        lines += self._incomplete()
         if self.skipped:
             lines.append(skipped)
         if self.changed:
@@ -221,6 +244,14 @@ class EnrichReport:
             f"{duration(self.elapsed)}, {self.rows_per_second:,.1f} rows/s{retried}"
         )
         return "\n".join(lines)
+
+    def _incomplete(self) -> list[str]:
+        if not self.incomplete:
+            return []
+        names = ", ".join(self.incomplete_columns)
+        have = "has" if self.incomplete == 1 else "have"
+        rows = counted(self.incomplete, "row")
+        return [f"{rows} {have} values of an earlier schema and no {names} yet: --stale asks again"]
 
     def _taken_up(self) -> list[str]:
         lines = []

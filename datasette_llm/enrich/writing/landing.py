@@ -21,11 +21,18 @@ if TYPE_CHECKING:
     from ..plan import Plan
     from ..reading.selection import Row
     from ..reading.table import SQLValue
+    from .recorder import Recorder
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came of one row: values for its output columns, or an error."""
+    """What came of one row: values for its output columns, or an error.
+
+    Attributes:
+        question: the hash of what was asked, if it is known.
+        no_value: the answer was that there is none: the values are all NULL.
+        reused: the values are those of another row, which asked the same.
+    """
 
     row: Row
     values: tuple[SQLValue, ...] | None
@@ -33,6 +40,11 @@ class Result:
     kind: str = ""
     message: str = ""
     attempts: int = 1
+    question: bytes | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    no_value: bool = False
+    reused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +69,27 @@ class Outcome:
 class Landing:
     """Writes batches of results of one job, each batch in a transaction of its own."""
 
-    def __init__(self, plan: Plan, model_id: str | None, *, overwrite: bool | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        model_id: str | None,
+        *,
+        overwrite: bool | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
         """Prepare the statements.
 
         Args:
             model_id: the model that failures are recorded for.
             overwrite: also replace values; by default as the job was asked.
+            recorder: keeps the record of the run, in the same transactions.
         """
         table, outputs = plan.table, plan.outputs
         self._table = table
         self._label = outputs.label
         self._model_id = model_id
-        overwrite = plan.spec.overwrite if overwrite is None else overwrite
+        self._recorder = recorder
+        overwrite = plan.spec.replaces if overwrite is None else overwrite
         assignments = ", ".join(f"{quote(output.name)} = ?" for output in outputs.columns)
         self._keys = [f"{table.sql_name}.{key} is ?" for key in table.key]
         empty = [] if overwrite else [f"{table.sql_column(name)} is null" for name in outputs.marks]
@@ -120,7 +141,10 @@ class Landing:
                 outcome.failed.append(result)
             else:
                 outcome.changed.append(result)
+        run = self._recorder.note(conn, outcome) if self._recorder is not None else None
         conn.commit()
+        if self._recorder is not None and run is not None:
+            self._recorder.committed(run)
         return outcome
 
     def _update_row(self, conn: sqlite3.Connection, result: Result) -> bool:

@@ -122,7 +122,7 @@ class Outputs:
         values = [_stored(answer.get(name)) for name in self._properties]
         if self._column is not None:
             return (_stored(json.dumps(answer, ensure_ascii=False)), *values)
-        if all(value is None for value in values):
+        if not any(name in answer for name in self._properties):
             raise AnswerError(f"the answer has no value for any column: {beginning(text)}", kind="empty")
         return tuple(values)
 

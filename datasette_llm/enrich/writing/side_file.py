@@ -59,6 +59,8 @@ class Line:
         kind: of a failure.
         message: of a failure.
         attempts: of a failure.
+        question: the hash of what was asked, if it is known.
+        tokens: what the answer took, in and out.
     """
 
     key: tuple[SQLValue, ...]
@@ -70,6 +72,8 @@ class Line:
     kind: str = ""
     message: str = ""
     attempts: int = 0
+    question: bytes | None = None
+    tokens: tuple[int | None, int | None] = (None, None)
 
 
 class SideFile:
@@ -193,6 +197,9 @@ class SideFile:
         }
         if result.values is not None:
             record["values"] = [_encoded(value) for value in result.values]
+            if result.question is not None:
+                record["question"] = result.question.hex()
+                record["tokens"] = [result.input_tokens, result.output_tokens]
         else:
             kind = group_of(result.error, result.kind)
             record |= {"kind": kind, "error": result.message, "attempts": result.attempts}
@@ -253,6 +260,8 @@ def _line_of(record: dict[str, Any]) -> Line:
         record.get("kind", ""),
         record.get("error", ""),
         int(record.get("attempts", 0)),
+        bytes.fromhex(record["question"]) if "question" in record else None,
+        tuple(record.get("tokens", (None, None))),
     )
 
 

@@ -14,6 +14,7 @@ from ..database import write
 from ..errors import AnswerError
 from ..reading.selection import Row
 from .landing import Landing, Outcome, Result
+from .recorder import recorder_of
 from .side_file import SideFile, fingerprint
 from .writer import TRANSACTION_ROWS
 
@@ -66,12 +67,15 @@ async def take_up(plan: Plan, *, patience_seconds: float) -> TakenUp:
     written = dropped = 0
     for (overwrite, model), group in groupby(lines, lambda line: (line.overwrite, line.model)):
         some = list(group)
-        landing = Landing(plan, model, overwrite=overwrite)
+        recorder = recorder_of(plan, model, {}) if model is not None else None
+        landing = Landing(plan, model, overwrite=overwrite, recorder=recorder)
         for start in range(0, len(some), TRANSACTION_ROWS):
             land = partial(_land, plan, landing, some[start : start + TRANSACTION_ROWS])
             outcome = await write(plan.database, land, patience_seconds=patience_seconds)
             written += len(outcome.written)
             dropped += len(outcome.changed)
+        if recorder is not None:
+            await write(plan.database, partial(recorder.end, outcome="taken_up"))
     try:
         await anyio.to_thread.run_sync(side_file.forget)
     except OSError as error:
@@ -131,6 +135,15 @@ def _ordered(plan: Plan, values: Mapping[str, SQLValue]) -> tuple[SQLValue, ...]
 
 def _result(plan: Plan, line: Line, row: Row) -> Result:
     if line.values is not None:
-        return Result(row, _ordered(plan, line.values))
+        values = _ordered(plan, line.values)
+        sent, received = line.tokens
+        return Result(
+            row,
+            values,
+            question=line.question,
+            input_tokens=sent,
+            output_tokens=received,
+            no_value=all(value is None for value in values),
+        )
     error = AnswerError(line.message, kind=line.kind)
     return Result(row, None, error, line.kind, line.message, line.attempts)

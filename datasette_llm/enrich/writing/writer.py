@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from ..plan import Plan
     from .landing import Result
+    from .recorder import Recorder
     from .side_file import SideFile
 
 logger = logging.getLogger("datasette_llm")
@@ -71,6 +72,7 @@ class Writer:
         on_given_up: Callable[[str], None],
         *,
         patience_seconds: float,
+        recorder: Recorder | None = None,
     ) -> None:
         """Prepare to write.
 
@@ -79,12 +81,14 @@ class Writer:
             on_settled: called with what became of each batch.
             on_given_up: called once, with the reason, when no more is written.
             patience_seconds: how long a database that cannot be written is waited for.
+            recorder: keeps the record of the run.
         """
         self._database = plan.database
         self.plan = plan
         self._model_id = model_id
         self._landing: Landing | None = None
-        self._overwrite = plan.spec.overwrite
+        self._recorder = recorder
+        self._overwrite = plan.spec.replaces
         self._side_file = side_file
         self._on_settled = on_settled
         self._on_given_up = on_given_up
@@ -175,7 +179,7 @@ class Writer:
     async def _prepare(self) -> Landing:
         if self._landing is None:
             self.plan = await self.plan.with_columns(write_once)
-            self._landing = Landing(self.plan, self._model_id)
+            self._landing = Landing(self.plan, self._model_id, recorder=self._recorder)
         return self._landing
 
     async def _keep_copying(self) -> None:

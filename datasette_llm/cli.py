@@ -129,22 +129,8 @@ def llm_group() -> None:
     is_flag=True,
     help="Only ask again where the question has changed: the row, prompt, model, options or schema.",
 )
-@click.option(
-    "--no-reuse",
-    "reuse",
-    is_flag=True,
-    default=True,
-    flag_value=False,
-    help="Send every row's prompt, also if another row asked the same.",
-)
-@click.option(
-    "--no-record",
-    "record",
-    is_flag=True,
-    default=True,
-    flag_value=False,
-    help="Keep no record of the run and of what each value answers.",
-)
+@click.option("--no-reuse", is_flag=True, help="Send every prompt, also where another row asked the same.")
+@click.option("--no-record", is_flag=True, help="Keep no record of the run and of what values answer.")
 @click.option("--retry-failed", is_flag=True, help="Only ask about rows that failed before.")
 @click.option("--allow-cut", is_flag=True, help="Also write answers that ran out of tokens.")
 @click.option("--allow-empty", is_flag=True, help="Also write text answers that are empty.")

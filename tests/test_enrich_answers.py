@@ -428,7 +428,7 @@ async def test_what_was_recorded_of_skipped_rows_is_forgotten(
 
 @pytest.mark.real_clock
 async def test_rows_left_after_an_early_end_are_without_those_skipped(file: TableFile) -> None:
-    file.run_many("insert into t(body) values (?)", [(None,)] * 10 + [("a b",)] * 10)
+    file.run_many("insert into t(body) values (?)", [(None,)] * 10 + [(f"a b{n}",) for n in range(10)])
     with fake_model():
         report = await file.enrich("t", "{{ body }}", column="answer", concurrency=1, max_tokens_total=4)
     assert report.stopped == "max_tokens_total"
@@ -439,7 +439,9 @@ async def test_rows_left_after_an_early_end_are_without_those_skipped(file: Tabl
 
 @pytest.mark.real_clock
 async def test_an_overwriting_job_goes_on_behind_the_rows_it_skipped(file: TableFile) -> None:
-    file.run_many("insert into t(body) values (?)", [("a b",)] + [(None,)] * 3 + [("a b",)] * 5)
+    file.run_many(
+        "insert into t(body) values (?)", [("a b",)] + [(None,)] * 3 + [(f"a b{n}",) for n in range(5)]
+    )
     with fake_model():
         report = await file.enrich(
             "t", "{{ body }}", column="answer", concurrency=1, max_tokens_total=4, overwrite=True

@@ -57,7 +57,8 @@ def test_outputs_that_clash_or_say_nothing() -> None:
         Outputs(TABLE, "A", {"properties": {"a": {}}})
     outputs = Outputs(TABLE, None, {"properties": {"a": {"type": ["string", "null"]}}})
     with pytest.raises(ValueError, match="no value for any column"):
-        outputs.parse('{"a": null}')
+        outputs.parse("{}")
+    assert outputs.parse('{"a": null}') == (None,)
     outputs = Outputs(TABLE, None, {"properties": {"a": {"type": "integer"}}})
     with pytest.raises(ValueError, match="too large for SQLite"):
         outputs.parse('{"a": 99999999999999999999}')

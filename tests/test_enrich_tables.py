@@ -183,14 +183,16 @@ async def test_text_that_is_not_utf8_is_written_all_the_same(make: MakeTable, mo
     assert model.prompts == ["a\ufffdb"]
 
 
-async def test_an_empty_table_has_nothing_to_do_and_gets_no_column(make: MakeTable, model: FakeModel) -> None:
+async def test_an_empty_table_has_nothing_to_do_and_gets_its_column(
+    make: MakeTable, model: FakeModel
+) -> None:
     file = make("create table t (body)")
 
     report = await file.enrich("t", "{{ body }}", column="answer")
 
     assert (report.total, report.written) == (0, 0)
     assert "Nothing left to do" in report.summary()
-    assert file.run("select name from pragma_table_info('t')") == [("body",)]
+    assert file.run("select name from pragma_table_info('t')") == [("body",), ("answer",)]
 
 
 @pytest.mark.parametrize(
@@ -409,16 +411,15 @@ async def impatient(datasette: Any) -> None:
     await call(database.execute_fn, set_timeout)
 
 
-@pytest.mark.parametrize("lock", ["immediate", "exclusive"])
-async def test_a_database_that_stays_locked_is_waited_for_and_then_said(
-    lock: str, make: MakeTable, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+async def test_a_database_that_cannot_be_read_is_waited_for_and_then_said(
+    make: MakeTable, model: FakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = make("create table t (body, answer)", "insert into t(body) values ('a')")
     monkeypatch.setattr(database, "LOCKED_SECONDS", 0.3)
     datasette = file.datasette(settings={"num_sql_threads": 1})
     await impatient(datasette)
     other = sqlite3.connect(file.path)
-    other.execute(f"begin {lock}")
+    other.execute("begin exclusive")
     with monkeypatch.context() as patch:
         patch.setattr(plan, "recover", read_nothing)
         with pytest.raises(EnrichError, match=r"has kept the database 'data' locked for \d+ seconds"):
@@ -426,6 +427,25 @@ async def test_a_database_that_stays_locked_is_waited_for_and_then_said(
     other.close()
     report = await file.enrich("t", "{{ body }}", column="answer")
     assert report.written == 1
+
+
+async def test_a_database_that_cannot_be_written_ends_the_job_and_its_answers_are_kept(
+    make: MakeTable, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = make("create table t (body, answer)", "insert into t(body) values ('a')")
+    datasette = file.datasette(settings={"num_sql_threads": 1})
+    await impatient(datasette)
+    other = sqlite3.connect(file.path)
+    other.execute("begin immediate")
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "recover", read_nothing)
+        report = await enrich(
+            datasette, "data", "t", "{{ body }}", column="answer", model="fake", lock_timeout=0.3
+        )
+    other.close()
+    assert (report.stopped, report.written, report.in_side_file) == ("database", 0, 1)
+    again = await file.enrich("t", "{{ body }}", column="answer")
+    assert (again.taken_up, len(model.prompts)) == (1, 1)
 
 
 async def read_nothing(database: Any, **kwargs: Any) -> None:

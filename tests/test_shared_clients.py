@@ -14,6 +14,7 @@ import anyio.to_thread
 import pytest
 
 from datasette_llm import LLM
+from datasette_llm.calls.clients import makes, openai_models
 from datasette_llm.calls.clients.pool import ClientPool
 from datasette_llm.tasks.root import drain
 
@@ -231,3 +232,54 @@ async def test_a_responses_model_that_is_told_to_chat_shares_clients() -> None:
             assert await answer.text() == "hello from the model"
         assert (len(server.requests), server.connections) == (3, 1)
         await pool.aclose()
+
+
+#: The families whose SDKs have a transport on aiohttp.
+FAST = ("openai", "anthropic")
+
+
+@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("family", FAST)
+async def test_with_aiohttp_and_without_it_the_same_is_kept(
+    family: str,
+    stream: bool,
+    installed: bool,
+    anyio_backend: tuple[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not installed:
+        for module in (makes, openai_models):
+            monkeypatch.setattr(module, "leanest", lambda package, factory, library: factory)
+    with protocol_server(family) as server:
+        adopted = Adopted(server)
+        server.script = [Answer(), Answer(headers=USUAL_LIMITS), Answer(status=503, message="not now")]
+        for _ in range(2):
+            assert await adopted.ask(stream=stream) == "hello from the model"
+        with pytest.raises(Exception, match="not now"):
+            await adopted.ask(stream=stream)
+        assert [status for status, _ in adopted.seen] == [200, 200, 503]
+        assert adopted.seen[1][1]["x-ratelimit-limit-requests"] == "600"
+        assert (len(server.requests), server.connections, server.hidden_retries) == (3, 1, 0)
+        (clients,) = adopted.pool._sets.values()
+        transport = type(clients.clients[0].client._client._transport).__name__
+        assert ("Aiohttp" in transport) == (installed and anyio_backend[0] == "asyncio")
+        server.script = Answer("word " * 50, delay=0.0 if stream else 30.0, pieces=50, gap=1.0)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(lambda: adopted.ask(stream=stream))
+            await until(lambda: len(server.requests) == 4)
+            tasks.cancel_scope.cancel()
+        await until(lambda: server.open_connections == 0)
+        await adopted.pool.aclose()
+
+
+@pytest.mark.parametrize("family", FAST)
+async def test_a_proxy_of_the_environment_is_used(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with protocol_server(family) as proxy, protocol_server(family) as server:
+        for name in ("NO_PROXY", "no_proxy", "ALL_PROXY", "all_proxy", "http_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        adopted = Adopted(server)
+        await adopted.ask()
+        assert (len(server.requests), len(proxy.requests)) == (0, 1)
+        await adopted.pool.aclose()

@@ -11,7 +11,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from .leases import ClientSet, Made
-from .transport import client_factory, http_options, shared_ssl_context
+from .transport import client_factory, http_options, leanest, shared_ssl_context
 
 if TYPE_CHECKING:
     from .leases import ClientSets
@@ -89,7 +89,7 @@ class PooledFactory:
         factory, library = found
 
         def make() -> Made:
-            http = factory(**http_options(library, self._observe))
+            http = leanest(openai, factory, library)(**http_options(library, self._observe))
             return Made(template.with_options(max_retries=0, http_client=http), http.aclose)
 
         return ClientSet(make, template.close)

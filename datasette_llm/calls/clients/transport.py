@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 
+from ...backends.datasette_side import backend
 from .. import http_answers
 
 if TYPE_CHECKING:
@@ -178,3 +179,21 @@ def client_factory(package: Any) -> tuple[Any, Any] | None:
             if base.__name__ == "AsyncClient":
                 return factory, importlib.import_module(base.__module__.partition(".")[0])
     return None
+
+
+def leanest(package: Any, factory: Any, library: Any) -> Any:
+    """Return what an SDK makes HTTP clients with that take the least CPU, where that is installed.
+
+    On asyncio that is the SDK's own client on aiohttp (``datasette-llm[fast]``): a quarter less of a prompt.
+
+    Args:
+        package: the SDK.
+        factory: what it makes clients with otherwise.
+        library: the HTTP library of these.
+    """
+    fast = getattr(package, "DefaultAioHttpClient", None)
+    if fast is None or backend() != "asyncio":
+        return factory
+    # Without aiohttp there is a class of that name that cannot be used.
+    on_aiohttp = any(base.__name__.lower().endswith("aiohttpclient") for base in fast.__mro__[1:])
+    return fast if on_aiohttp and issubclass(fast, library.AsyncClient) else factory

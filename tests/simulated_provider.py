@@ -177,8 +177,8 @@ async def send_all(
         for attempt in range(attempts):
             if not slots.acquire_nowait(1):
                 await slots.acquire(1, first=attempt > 0)
+            granted = slots.acquired_at
             stir()
-            granted = anyio.current_time()
             await provider.delay()
             began = anyio.current_time()
             status, headers, retry_after = await provider.answer(prompt)
@@ -187,7 +187,7 @@ async def send_all(
             limits.append(slots.limit)
             seconds = anyio.current_time() - granted
             if status == 200:
-                slots.release(Outcome("ok", seconds=seconds))
+                slots.release(Outcome("ok"), granted)
                 return True
             slots.release(Outcome("throttled", retry_after=retry_after, seconds=seconds))
             await anyio.sleep(retry_after or 0)

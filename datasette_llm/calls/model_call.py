@@ -178,15 +178,20 @@ class ModelCall:
             self._count_retry()
 
     async def _was_weather(self, error: Exception, *, last: bool) -> bool:
-        """Whether a job's call failed because the provider is away, for everybody.
+        """Whether a call failed because a line is too long, or a job's because the provider is away.
 
         Args:
             last: whether it was the last attempt, for which it pays to ask again a little later.
         """
-        if not self._slots.patience.together or self._response._was_streamed:
+        if self._response._was_streamed:
             return False
         trouble = trouble_of(error, self._classify(error))
         if trouble is None:
+            return False
+        if trouble.silent and self._slots.waited_in_line(self._sent_at):
+            self._response._events = []
+            return True
+        if not self._slots.patience.together:
             return False
         alone = trouble.alone and not trouble.answered
         for seconds in VERDICT_SECONDS if last and not alone else VERDICT_SECONDS[:1]:
@@ -247,14 +252,12 @@ class ModelCall:
                 await standing.wait()
                 again = None  # Its time was bounded before that.
             tokens = _estimated_tokens(observed) if slots.paced else 0
-            if slots.acquire_nowait(tokens):
-                started = slots.acquired_at
-            else:
+            if not slots.acquire_nowait(tokens):
                 if again is None:
                     await slots.acquire(tokens)
                 else:
                     await again.wait(partial(slots.acquire, tokens, first=True))
-                started = slots.now()
+            started = slots.acquired_at
             if standing is None or not standing.waiting:
                 return started
             slots.release(_CANCELLED, started)

@@ -15,6 +15,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from .knee import Knee
+
 if TYPE_CHECKING:
     from .policy import ConcurrencyBounds
 
@@ -22,19 +24,23 @@ if TYPE_CHECKING:
 FAST_GROWTH = 1.6
 #: Until answers come, the limit grows to at most this many times its start: a server that queues instead
 #: of refusing would otherwise be given 500 requests before it has answered the first.
-UNPROVEN_FACTOR = 8
+UNPROVEN_FACTOR = 2
 #: With answers it grows to at most this many times the number in flight they were sent at.
 PROVEN_FACTOR = 6
+#: The same when they take longer than at first; and how many answers prove it.
+WARNED_FACTOR, PROOF = 2, 5
 #: How much faster it grows, and without these bounds, when the pace follows what the provider announced.
 ANNOUNCED_GROWTH = 5
 #: Twice as many in flight must give at least this much more throughput, or growing stops. (1 is what a
 #: server gives that only queues, 2 one that has room; answers' times scatter.)
 WORTHWHILE = 1.3
 #: Answers needed for such a judgement.
-ENOUGH_ANSWERS = 10
+ENOUGH_ANSWERS = 16
 #: Seconds without anybody waiting after which the limit counts as not used up: until then the next one may
 #: only be on its way.
 STILL_PRESSED_SECONDS = 0.03
+#: Share to which the limit falls when a request was given up that had waited in line.
+THINNED = 0.8
 #: Share of a number in flight that was refused, to which the limit falls.
 CUT = 0.9
 #: Refusals of single requests, at the same number in flight, that show that it is the reason.
@@ -68,6 +74,7 @@ class AdaptiveLimit:
         self.limit = max(bounds.min, min(bounds.start, bounds.max))
         self._size = float(self.limit)
         self._levels = [_Level(self._size, now)]
+        self._knee = Knee()
         self._proven = 0.0
         self._growth = FAST_GROWTH
         self._announced = False
@@ -127,10 +134,28 @@ class AdaptiveLimit:
             level = levels[0]
         level.answers += 1
         level.seconds += seconds
-        if level.limit > self._proven:
+        if level.limit > self._proven and level.answers >= PROOF:
             self._proven = level.limit
-        if level.answers == ENOUGH_ANSWERS and not self._slow:
+        knee = self._knee
+        if level.answers == ENOUGH_ANSWERS and not self._slow and knee.cap == math.inf:
             self._judge(now)
+        knee.answered(now, seconds)
+        if knee.cap < self._size and not self._announced:
+            self._resize(knee.cap, now)
+
+    def given_up(self, now: float, seconds: float) -> bool:
+        """A request was given up after so many seconds while others were answered.
+
+        Returns:
+            whether it had waited in line, as they did: then the limit falls.
+        """
+        if not self._knee.is_crowded(seconds):
+            return False
+        self._resize(self._size * THINNED, now)
+        self._knee.cap = min(self._knee.cap, self._size)
+        self._slow = True
+        self._schedule_retry(now)
+        return True
 
     def refused(self, now: float, accepted: int) -> bool:
         """The provider refused a request while it was working on ``accepted`` others.
@@ -175,8 +200,9 @@ class AdaptiveLimit:
     def _ceiling(self) -> float:
         if self._announced:
             return float(self.bounds.max)
-        proven = max(UNPROVEN_FACTOR * self.bounds.start, PROVEN_FACTOR * self._proven)
-        return float(min(self.bounds.max, proven))
+        factor = WARNED_FACTOR if self._knee.slower else PROVEN_FACTOR
+        proven = max(UNPROVEN_FACTOR * self.bounds.start, factor * self._proven)
+        return float(min(self.bounds.max, proven, max(self._knee.cap, self.bounds.min)))
 
     def _resize(self, size: float, now: float) -> None:
         self._size = max(float(self.bounds.min), min(float(self.bounds.max), size))
@@ -200,9 +226,9 @@ class AdaptiveLimit:
             if before is not None and level.limit > before.limit:
                 gain = throughput / (before.throughput() or throughput)
                 if gain < 1 + (WORTHWHILE - 1) * (level.limit / before.limit - 1):
-                    self._slow = True
                     # As many as keep it busy at this throughput, were each answered as fast as before.
-                    self._resize(throughput * before.seconds / before.answers * 1.1, now)
-                    self._schedule_retry(now)
+                    took = before.seconds / before.answers
+                    self._resize(throughput * took * 1.1, now)
+                    self._knee.found(took, self._size)
                     return
             before = level

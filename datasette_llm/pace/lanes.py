@@ -43,13 +43,15 @@ class Waiter:
     """Somebody's place in the queue of a lane."""
 
     __slots__ = (
-        "again", "blocked_before", "error", "event", "granted", "scope", "since", "slots", "ticket", "tokens",
+        "again", "blocked_before", "error", "event", "granted", "scope", "since", "slots", "started",
+        "ticket", "tokens",
     )  # fmt: skip
 
     def __init__(self, slots: Holder, tokens: int, since: float, *, again: bool = False) -> None:
         self.slots = slots
         self.tokens = tokens
         self.since = since
+        self.started = since
         self.again = again
         self.granted = False
         #: What to raise instead of waiting on.

@@ -48,6 +48,7 @@ class Outage:
         trouble: what the last failure was; if active.
         reached: whether there ever was an answer.
         next_probe: when the next probe may be sent; ``inf`` while one is out.
+        answered_at: when something was answered last.
         room: how many calls may be out while it returns; ``inf`` otherwise.
     """
 
@@ -58,6 +59,7 @@ class Outage:
         self.reached = False
         self.next_probe = 0.0
         self.room = math.inf
+        self.answered_at = -math.inf
         self._model_id = model_id
         self._known_at = 0.0
         self._ended_at = -math.inf
@@ -99,6 +101,7 @@ class Outage:
     def answered(self, now: float, sent: float) -> bool:
         """A call was answered that had been sent at a moment; return whether that ends the outage."""
         self.reached = True
+        self.answered_at = now
         self._run = 0
         if self.active:
             if sent < self._known_at:

@@ -30,8 +30,8 @@ class Gate(Protocol):
     def opening(self, now: float, tokens: int) -> float:
         """Return when a call may start: now, or later."""
 
-    def started(self, slots: Holder, now: float, tokens: int) -> None:
-        """A call starts now."""
+    def started(self, slots: Holder, now: float, tokens: int) -> float:
+        """A call starts now; return when it did, on the clock."""
 
     def gave_back(self, slots: Holder, tokens: int) -> None:
         """A call that had started was cancelled before it began."""
@@ -115,7 +115,7 @@ class Queue:
             waiter.slots.throttled_seconds += blocked
             self.throttled_seconds += blocked
             self.turn_of(waiter.slots)
-            self._gate.started(waiter.slots, now, waiter.tokens)
+            waiter.started = self._gate.started(waiter.slots, now, waiter.tokens)
             waiter.granted = True
             waiter.event.set()
         if self._gate.away:

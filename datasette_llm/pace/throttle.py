@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Away", "Outcome", "Slots", "Throttle"]
 
+#: Seconds between two calls that start together.
+MOMENT = 1e-6
 #: Statuses that say that nobody is served now.
 UNAVAILABLE = frozenset({502, 503, 504, 529})
 
@@ -77,7 +79,7 @@ class Slots:
         #: The event loop's clock, read faster than through anyio.
         self.now = throttle._now
         self.in_use = 0
-        #: When ``acquire_nowait()`` last took a slot.
+        #: When the last slot was taken: of whoever has just called ``acquire_nowait()`` or ``acquire()``.
         self.acquired_at = 0.0
         self.throttled_seconds = 0.0
 
@@ -118,6 +120,14 @@ class Slots:
         """
         return self._throttle.outage.covers(sent, alone=alone)
 
+    def waited_in_line(self, sent: float) -> bool:
+        """Whether a call that was given up had waited in line while others were answered: the limit falls.
+
+        Args:
+            sent: when it was sent.
+        """
+        return self._throttle.waited_in_line(self.lane, self.now(), sent)
+
     def acquire_nowait(self, tokens: int = 0) -> bool:
         """Take a slot if a call may start at once.
 
@@ -136,8 +146,7 @@ class Slots:
             overtakes = throttle.waiting and not self.urgent
             if overtakes or throttle.opening(now, tokens) > now:
                 return False
-        throttle.started(self, now, tokens)
-        self.acquired_at = now
+        self.acquired_at = throttle.started(self, now, tokens)
         return True
 
     async def acquire(self, tokens: int = 0, *, first: bool = False) -> None:
@@ -153,13 +162,17 @@ class Slots:
             ProviderUnreachable: it has been away for as long as the owner's ``patience`` lasts.
         """
         if self.acquire_nowait(tokens):
+            taken = self.acquired_at
             try:
                 await checkpoint()
             except BaseException:
                 self._throttle.gave_back(self, tokens)
                 raise
+            self.acquired_at = taken
             return
-        await self._throttle.queue.wait(Waiter(self, tokens, self.now(), again=first))
+        waiter = Waiter(self, tokens, self.now(), again=first)
+        await self._throttle.queue.wait(waiter)
+        self.acquired_at = waiter.started
 
     def release(self, outcome: Outcome, started: float | None = None, prompt: object = None) -> None:
         """Give the slot back, and say how the call went.
@@ -186,6 +199,7 @@ class Throttle:
         self.paced = self._fixed_requests is not None or self._fixed_tokens is not None
         self.in_use = 0
         self._estimated_tokens = 0.0
+        self._last_started = -math.inf
         self.queue = Queue(self, self._now)
 
     @property
@@ -271,8 +285,10 @@ class Throttle:
             until = max(until, self._announced.opening(now, tokens))
         return until
 
-    def started(self, slots: Holder, now: float, tokens: int) -> None:
-        """Let a call start: take its slot, and its share of the pace."""
+    def started(self, slots: Holder, now: float, tokens: int) -> float:
+        """Let a call start: take its slot, and its share of the pace; return when it did."""
+        # No two at the same moment, so that each is known by it.
+        now = self._last_started = max(now, self._last_started + MOMENT)
         slots.in_use += 1
         slots.lane.in_use += 1
         self.in_use += 1
@@ -281,6 +297,7 @@ class Throttle:
             self.outage.sent(now)
         if self.paced:
             self._take(now, 1.0, tokens)
+        return now
 
     def _take(self, now: float, requests: float, tokens: float) -> None:
         self._estimated_tokens += tokens
@@ -348,7 +365,9 @@ class Throttle:
             if outcome.tokens is not None and self._fixed_tokens is not None:
                 self._fixed_tokens.take(now, outcome.tokens - estimated)
         if outcome.trouble is not None:
-            self._learn_trouble(now, now - seconds, outcome, prompt)
+            # When others are answered, somebody is there: then silence is about the line, or about this one.
+            if not outcome.trouble.silent or self.outage.answered_at <= now - seconds:
+                self._learn_trouble(now, now - seconds, outcome, prompt)
         elif outcome.kind != "cancelled" and outcome.answered:
             self._learn_answer(now, now - seconds)
         elif self.outage.active:
@@ -370,6 +389,12 @@ class Throttle:
             self.paced = True
             # Whatever refusals there were, they were not for anybody's rate or number.
             self._cooldowns.call_off()
+
+    def waited_in_line(self, lane: Lane, now: float, sent: float) -> bool:
+        """Whether a call that was given up had waited in line while others were answered."""
+        adaptive = lane.adaptive
+        others = self.outage.answered_at > sent
+        return others and adaptive is not None and adaptive.given_up(now, now - sent)
 
     def _learn_answer(self, now: float, sent: float) -> None:
         outage = self.outage

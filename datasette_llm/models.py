@@ -211,6 +211,9 @@ class WrappedAsyncModel:
 
     def _with_defaults(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Add to the arguments of a prompt what the choice says about it."""
+        if not getattr(self._choice.model, "can_stream", True):
+            # llm's command does not ask such a model to stream either.
+            arguments["stream"] = False
         if self._choice.options:
             given = arguments.get("options") or {}
             defaults = {k: v for k, v in self._choice.options.items() if k not in arguments}

@@ -72,6 +72,7 @@ def response_of(reason: str, *, tokens: int | None = 64, **options: Any) -> Any:
     given = {name: value for name, value in options.items() if value is not None}
     return SimpleNamespace(
         finish_reason=reason,
+        response_json=None,
         output_tokens=tokens,
         model=SimpleNamespace(Options=known),
         prompt=SimpleNamespace(options=known(**given)),
@@ -291,20 +292,7 @@ class Telling(FakeModel):
         yield text
 
 
-@pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def finish_reason(response: Any) -> str:
-        return str(
-            (response.response_json or {"choices": [{"finish_reason": "unknown"}]})["choices"][0][
-                "finish_reason"
-            ]
-        )
-
-    monkeypatch.setattr("datasette_llm.responses.response.finish_reason", finish_reason)
-
-
 @pytest.mark.real_clock
-@pytest.mark.usefixtures("told")
 async def test_rows_whose_answers_are_not_whole_fail_until_they_are_accepted(file: TableFile) -> None:
     prompts = [
         "stop: fine ", "length:cut", "length:", "content_filter:", "refusal:no", "stop:", "stop: ",
@@ -332,7 +320,6 @@ async def test_rows_whose_answers_are_not_whole_fail_until_they_are_accepted(fil
 
 
 @pytest.mark.real_clock
-@pytest.mark.usefixtures("told")
 async def test_the_text_of_a_response_is_as_the_model_wrote_it(file: TableFile) -> None:
     from datasette_llm import LLM
 

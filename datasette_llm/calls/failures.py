@@ -20,6 +20,7 @@ import llm
 from datasette_llm._compat import BaseExceptionGroup
 from datasette_llm.errors import ProviderUnreachable
 
+from ..responses import finish
 from .http_answers import answer_of
 from .refusals import is_about_one_request, recognise, said, text_of, wait_in_words
 
@@ -197,6 +198,10 @@ def _classify_one(error: BaseException) -> Failure | None:
     status = _status(error)
     if status is not None:
         return _classify_status(status, _headers(error))
+    code = getattr(error, "code", None) or getattr(error, "type", None)
+    if isinstance(code, str) and code.lower() in _CODES:
+        # An error object inside of an answer with status 200.
+        return Failure(_CODES[code.lower()])
     if isinstance(error, llm.ModelError):
         # A plugin's own words for a failure: what it wraps tells more, if it wraps anything.
         return None
@@ -209,10 +214,8 @@ def _classify_one(error: BaseException) -> Failure | None:
         return None if type(error).__name__ in _NOT_TRANSIENT else Failure("transient")
     if isinstance(error, json.JSONDecodeError):
         return Failure("transient") if _was_raised_in_sdk(error) else None
-    code = getattr(error, "code", None) or getattr(error, "type", None)
     if isinstance(code, str):
-        # An error inside of a stream that had begun with status 200.
-        return Failure(_CODES[code]) if code in _CODES else None
+        return None
     if isinstance(error, OSError) and not isinstance(error, _FILE_ERRORS):
         return Failure("transient")
     if isinstance(error, (anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream)):
@@ -220,11 +223,19 @@ def _classify_one(error: BaseException) -> Failure | None:
     return None
 
 
-#: Error codes and types of OpenAI's and Anthropic's error objects.
+#: Error codes and types of the error objects of OpenAI, Anthropic, Google and those who imitate them.
 _CODES: dict[str, Kind] = {
+    "rate_limit": "throttled",
     "rate_limit_exceeded": "throttled",
     "rate_limit_error": "throttled",
+    "too_many_requests": "throttled",
+    "resource_exhausted": "throttled",
+    "overloaded": "throttled",
     "overloaded_error": "throttled",
+    "engine_overloaded": "throttled",
+    "unavailable": "transient",
+    "service_unavailable": "transient",
+    "internal_error": "transient",
     "server_error": "transient",
     "api_error": "transient",
     "internal_server_error": "transient",
@@ -316,38 +327,43 @@ def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
 
 
 def check_complete(response: llm.AsyncResponse) -> None:
-    """Make sure that an OpenAI-family model's streamed answer did not end half-way.
+    """Make sure that an answer which came in pieces did not end half-way.
 
-    llm takes a stream that just ends for a complete answer. The provider's last chunk carries a finish
-    reason (a status, for the Responses API): without one, something is missing.
+    llm and its plugins take a stream that just ends for a complete answer. The providers' last words are why
+    it ended: without these, something is missing.
 
     Raises:
-        IncompleteAnswer: if so. Other models' responses, and unstreamed ones, are never doubted.
+        IncompleteAnswer: if so. Other models' responses are never doubted.
     """
-    if not response.stream:
+    doubted = _says_the_end(type(response.model))
+    if doubted is None or (doubted == "streamed" and not response.stream):
         return
-    family = _openai_family(type(response.model))
-    if family is None:
-        return
-    said: Any = response.response_json
-    if family == "responses" and not getattr(response.prompt.options, "chat_completions", None):
-        # llm sets it from the event response.completed, and from nothing else.
-        complete = bool(said)
-    else:
-        # llm drops keys whose value is None.
-        complete = isinstance(said, dict) and bool(said.get("finish_reason"))
-    if not complete:
+    found = finish.said(response)
+    # Where nothing was kept: these keep something at the end of a stream, and from nothing else.
+    if found is None or found.reason is None:
         raise IncompleteAnswer("the answer's stream ended before the provider said that it was complete")
 
 
+#: Plugins whose providers say at the end of every answer why it ended: ``always`` those that ask for a stream
+#: whatever they are asked for.
+_SAY_THE_END: dict[str, Literal["always", "streamed"]] = {
+    "llm_anthropic": "always",
+    "llm_gemini": "always",
+    "llm_mistral": "streamed",
+    "llm_ollama": "streamed",
+}
+
+
 @cache
-def _openai_family(model: type[Any]) -> Literal["chat", "responses"] | None:
+def _says_the_end(model: type[Any]) -> Literal["always", "streamed"] | None:
+    plugin = model.__module__.partition(".")[0]
+    if plugin in _SAY_THE_END:
+        return _SAY_THE_END[plugin]
     from llm.default_plugins import openai_models
 
-    responses = getattr(openai_models, "AsyncResponses", None)
-    if responses is not None and issubclass(model, responses):
-        # A subclass with its own execute() may fill response_json in its own way.
-        return "responses" if model.execute is responses.execute else None
-    if issubclass(model, openai_models.AsyncChat):
-        return "chat" if model.execute is openai_models.AsyncChat.execute else None
+    # A subclass with its own execute() may fill response_json in its own way.
+    families = (openai_models.AsyncChat, getattr(openai_models, "AsyncResponses", None))
+    for family in families:
+        if family is not None and issubclass(model, family) and model.execute is family.execute:
+            return "streamed"
     return None

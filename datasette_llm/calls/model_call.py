@@ -18,8 +18,10 @@ from ..backends.closing import close_quietly
 from ..backends.datasette_side import backend
 from ..pace.outcome import Outcome
 from .http_answers import HttpAnswers, watch
+from .listening import listen_for
 from .retry import check_complete, classify, retrying
 from .trouble import trouble_of
+from .wording import in_words
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -280,6 +282,7 @@ class ModelCall:
         events: AsyncGenerator[Any, None] | None = None
         answers = HttpAnswers()
         watch(answers)
+        listen_for(observed)
         try:
             if observed.stream:
                 events = observed.astream_events()
@@ -304,9 +307,13 @@ class ModelCall:
                 raise _wrong_chunk(observed, None) from error
             if not _is_ours(error):
                 raise RuntimeError(f"the model raised {type(error).__name__}: {error}") from error
+            worded = in_words(error, observed)
+            if worded is not error:
+                raise worded from error
             raise
         finally:
             watch(None)
+            listen_for(None)
             await answers.aclose()
 
 

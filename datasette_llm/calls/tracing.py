@@ -52,10 +52,18 @@ def prompt_span(choice: Choice, operation: str) -> Iterator[trace.Span]:
         yield span
 
 
-def describe_end(span: trace.Span, error: Exception | None, input_tokens: int, output_tokens: int) -> None:
-    """Say how it ended: the class of its error, or the tokens it took."""
+def describe_end(
+    span: trace.Span,
+    error: Exception | None,
+    input_tokens: int,
+    output_tokens: int,
+    finish_reasons: list[str],
+) -> None:
+    """Say how it ended: the class of its error, the tokens it took, why its model stopped each time."""
     if error is not None:
         span.set_attribute("error.type", type(error).__qualname__)
         span.set_status(Status(StatusCode.ERROR))
     span.set_attribute("gen_ai.usage.input_tokens", input_tokens)
     span.set_attribute("gen_ai.usage.output_tokens", output_tokens)
+    if finish_reasons:
+        span.set_attribute("gen_ai.response.finish_reasons", finish_reasons)

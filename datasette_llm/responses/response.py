@@ -26,7 +26,7 @@ from .readers import EventReader, TextReader, ring
 from .tools import execute_tool_calls, tool_message
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from types import TracebackType
 
     from anyio.streams.memory import MemoryObjectSendStream
@@ -105,8 +105,13 @@ class PromptResponse(llm.AsyncResponse):
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        """Why the model stopped; ``None`` until its answer is complete, and when there is none."""
-        return finish_reason(self._observed) if self._answered and self._observed._done else None
+        """Why the model stopped; ``None`` until its answer is complete, and when the prompt was cancelled.
+
+        One vocabulary for all providers: ``stop``, ``length``, ``content_filter``, ``refusal``,
+        ``tool_calls``, ``error``, or ``unknown`` for a model that does not say. A prompt that failed has
+        what its provider said, else ``error``.
+        """
+        return ended_because(self, self._error or self._answer_error) if self._answered else None
 
     def cancel(self) -> None:
         """Cancel the prompt, if it has not ended yet.
@@ -376,3 +381,21 @@ def used_tokens(response: PromptResponse) -> tuple[int, int]:
     observed = response._observed
     sent, received = observed.input_tokens, observed.output_tokens
     return sent if isinstance(sent, int) else 0, received if isinstance(received, int) else 0
+
+
+def ended_because(response: PromptResponse, error: Exception | None) -> FinishReason | None:
+    """Why the model of a response stopped that ends with this error or without one."""
+    if isinstance(error, PromptCancelled):
+        return None
+    reason = finish_reason(response._observed)
+    return "error" if error is not None and reason == "unknown" else reason
+
+
+def finish_reasons(responses: Iterable[PromptResponse], error: Exception | None) -> list[str]:
+    """Why the models of these responses stopped, where they say so; the error is that of the last one."""
+    reasons: list[str] = []
+    for response in responses:
+        ended = response.finish_reason if response.done else ended_because(response, error)
+        if ended is not None and ended != "unknown":
+            reasons.append(ended)
+    return reasons

@@ -26,7 +26,7 @@ from ..backends.loops import LoopDoor
 from ..backends.signal import Signal
 from ..calls.model_call import ModelCall
 from ..errors import PromptCancelled
-from ..responses.response import PromptResponse, used_tokens
+from ..responses.response import PromptResponse, finish_reasons, used_tokens
 from ..responses.tools import attachments_of, execute_tool_calls, pending_tool_calls, tool_message
 from .task import SupervisedTask
 
@@ -413,6 +413,9 @@ class ChainTask(SupervisedTask):
     def tokens(self) -> tuple[int, int]:
         used = [used_tokens(response) for response in self._chain._responses]
         return sum(sent for sent, _ in used), sum(received for _, received in used)
+
+    def finish_reasons(self, error: Exception | None) -> list[str]:
+        return finish_reasons(self._chain._responses, error)
 
     def finish(self, error: Exception | None) -> None:
         chain = self._chain

@@ -9,7 +9,7 @@ from anyio import get_cancelled_exc_class
 
 from ..calls.model_call import ModelCall
 from ..errors import PromptCancelled
-from ..responses.response import PromptResponse, used_tokens
+from ..responses.response import PromptResponse, finish_reasons, used_tokens
 from .task import SupervisedTask
 
 if TYPE_CHECKING:
@@ -91,6 +91,9 @@ class PromptTask(SupervisedTask):
 
     def count_tokens(self) -> None:
         self.supervisor.counters.count_tokens(*self.tokens())
+
+    def finish_reasons(self, error: Exception | None) -> list[str]:
+        return finish_reasons([self.response], error)
 
     def finish(self, error: Exception | None) -> None:
         try:

@@ -109,6 +109,10 @@ class SupervisedTask:
         """How many tokens it sent and received, as far as its model says."""
         raise NotImplementedError
 
+    def finish_reasons(self, error: Exception | None) -> list[str]:
+        """Why its model stopped, each time that it was asked and says so; for a task that ends with this."""
+        raise NotImplementedError
+
     def finish(self, error: Exception | None) -> None:
         """Tell the readers that it has ended."""
         raise NotImplementedError
@@ -388,7 +392,7 @@ class SupervisedTask:
     def _close_span(self, error: Exception | None) -> None:
         span, self._span = self._span, None
         if span is not None:
-            describe_end(span, error, *self.tokens())
+            describe_end(span, error, *self.tokens(), self.finish_reasons(error))
 
     def _close_turn(self, error: Exception | None) -> None:
         if self._turn is None:

@@ -35,6 +35,7 @@ PLUGIN_MARKS = [
     pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
     pytest.mark.filterwarnings("ignore:unclosed transport:ResourceWarning"),
     pytest.mark.filterwarnings("ignore:coroutine 'AsyncClient.aclose' was never awaited:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Pydantic serializer warnings"),
     pytest.mark.filterwarnings("ignore:The `dict` method is deprecated"),
 ]
 

@@ -10,6 +10,7 @@ import inspect
 import os
 from typing import TYPE_CHECKING, Any
 
+from ..listening import listening
 from .leases import ClientSet, Made
 from .transport import client_factory, http_options, leanest, shared_ssl_context
 
@@ -61,7 +62,7 @@ class PooledFactory:
     def __call__(self, key: str | None, *, async_: bool = False) -> Any:
         if not async_ or self._pool.closed:
             return self._original(key, async_=async_)
-        return self.clients_for(key).lease()
+        return listening(self.clients_for(key).lease())
 
     def clients_for(self, key: str | None) -> ClientSet:
         """Return the clients for a key, the first of them made now if need be."""

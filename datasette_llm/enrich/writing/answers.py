@@ -17,6 +17,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from datasette_llm.responses.finish import refusal_words
+
 from ..errors import AnswerError
 
 if TYPE_CHECKING:
@@ -68,7 +70,8 @@ def check_finish(response: PromptResponse, text: str, *, allow_cut: bool = False
             f"the provider's content filter stopped the answer{_quoted(text)}: {_OTHERWISE}", kind="filtered"
         )
     if reason == "refusal":
-        raise AnswerError(f"the model refused to answer{_quoted(text)}: {_OTHERWISE}", kind="refused")
+        words = refusal_words(response) or text
+        raise AnswerError(f"the model refused to answer{_quoted(words)}: {_OTHERWISE}", kind="refused")
     if reason == "error":
         raise AnswerError(
             f"the provider broke the answer off with an error{_quoted(text)}", kind="broken off"

@@ -66,7 +66,7 @@ def test_enrich_and_again(backend: str, file: TableFile) -> None:
 def test_after_a_kill_in_the_middle_of_a_write_the_same_command_goes_on(
     backend: str, file: TableFile, tmp_path: Path
 ) -> None:
-    file.run_many("insert into t(body) values (?)", [("x" * 4_000,) for _ in range(50)])
+    file.run_many("insert into t(body) values (?)", [(f"{number} " + "x" * 4_000,) for number in range(50)])
     file.leave_half_written("update t set answer = body")
     assert (tmp_path / "data.db-journal").exists()
     with fake_model() as model:

@@ -240,7 +240,7 @@ async def test_a_prompt_that_hangs_does_not_outlive_the_deadline_for_ever(
         yield ""
 
     with fake_model(answer):
-        report = await file.enrich("t", "{{ body }}", column="answer", deadline=0.5)
+        report = await file.enrich("t", "{{ body }}", column="answer", deadline=3)
     assert (report.stopped, report.written, report.cancelled) == ("deadline", 0, 1)
     file.close()
 

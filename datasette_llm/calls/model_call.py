@@ -78,7 +78,7 @@ class ModelCall:
         settings: retries and the timeout of an attempt.
     """
 
-    __slots__ = ("_ask", "_response", "_sent_at", "_settings", "_slots", "_started", "_task")
+    __slots__ = ("_ask", "_lost", "_response", "_sent_at", "_settings", "_slots", "_started", "_task")
 
     def __init__(
         self,
@@ -95,6 +95,8 @@ class ModelCall:
         self._settings = settings
         self._started: float | None = None
         self._sent_at = 0.0
+        # Seconds of attempts that never came back.
+        self._lost = 0.0
 
     async def run(self) -> None:
         """Call the model until there is an answer, or no point in calling it again.
@@ -125,8 +127,8 @@ class ModelCall:
         async for attempt in retrying(
             retries,
             on_retry=self._count_retry,
-            started=self._started,
-            paused=lambda: self._slots.outage_seconds,
+            started=None if self._started is None else self._started + self._lost,
+            paused=lambda: self._slots.outage_seconds + self._lost,
         ):
             with attempt:
                 if first is not None:
@@ -224,7 +226,7 @@ class ModelCall:
                 raise _everybodys(standing.refusal)
             response.attempts += 1
             if self._settings.timeout is None:
-                await self._drive()
+                await self._drive_watched()
             else:
                 await self._drive_in_time(self._settings.timeout)
             outcome = self._answered() if slots.paced else _OK
@@ -276,7 +278,33 @@ class ModelCall:
         if scope.cancelled_caught:
             raise TimeoutError(f"the model did not answer within {seconds:g} seconds")
 
-    async def _drive(self) -> None:
+    async def _drive_watched(self) -> None:
+        """Let the model answer, unless that takes far longer than it usually does."""
+        attempts, now = self._slots.attempts, self._slots.now
+        with anyio.CancelScope() as scope:
+            since = now()
+            longest = 0.0
+
+            def heard() -> None:
+                # Of a streamed answer the silence counts, not the length.
+                nonlocal since, longest
+                moment = now()
+                longest, since = max(longest, moment - since), moment
+                attempts.watch(scope, moment)
+
+            attempts.watch(scope, since)
+            try:
+                await self._drive(heard)
+            finally:
+                attempts.forget(scope)
+            attempts.answered(max(longest, now() - since))
+        if scope.cancelled_caught:
+            self._lost += now() - since
+            raise TimeoutError(
+                f"no answer within {attempts.seconds:.0f} seconds, far longer than the model usually takes"
+            )
+
+    async def _drive(self, heard: Callable[[], None] | None = None) -> None:
         """Let the model answer, chunk by chunk; afterwards its generator is closed, whatever happened."""
         observed = self._response._observed
         events: AsyncGenerator[Any, None] | None = None
@@ -291,6 +319,8 @@ class ModelCall:
                     if not isinstance(event.chunk, str):
                         raise _wrong_chunk(observed, event.chunk)
                     publish(event)
+                    if heard is not None:
+                        heard()
             else:
                 # Half the layers, for an answer that comes in one piece.
                 await observed

@@ -23,6 +23,7 @@ from ..backends.loops import loop_clock
 from ..errors import ProviderUnreachable
 from .adaptive import AdaptiveLimit
 from .announced import AnnouncedLimits
+from .attempt_limit import AttemptLimit
 from .cooldown import Cooldowns
 from .lanes import Holder, Lane, Waiter
 from .outage import Outage
@@ -66,14 +67,16 @@ class Slots:
     """One group's view of a throttle. Every acquire is followed by exactly one release."""
 
     __slots__ = (
-        "_throttle", "acquired_at", "in_use", "lane", "last_turn", "now", "patience", "throttled_seconds",
-        "urgent",
+        "_throttle", "acquired_at", "attempts", "in_use", "lane", "last_turn", "now", "patience",
+        "throttled_seconds", "urgent",
     )  # fmt: skip
 
     def __init__(self, throttle: Throttle, lane: Lane, patience: Patience, urgent: bool) -> None:
         self._throttle = throttle
         self.lane = lane
         self.patience = patience
+        #: How long one attempt may take, where nobody has said so.
+        self.attempts = AttemptLimit()
         self.urgent = urgent
         self.last_turn = 0
         #: The event loop's clock, read faster than through anyio.

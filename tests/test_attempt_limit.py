@@ -1,0 +1,62 @@
+"""An attempt that never comes back is given up and made again; on virtual time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+
+from datasette_llm import LLM
+from tests.fakes import FakeModel, registered
+from tests.hooks import datasette_with
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+
+@pytest.mark.parametrize(("seconds", "given_up_after"), [(1.0, 120.0), (30.0, 300.0)])
+async def test_one_that_is_never_answered_is_asked_again(seconds: float, given_up_after: float) -> None:
+    asked: list[float] = []
+
+    async def answer(prompt: str) -> AsyncGenerator[Any, None]:
+        if prompt == "3":
+            asked.append(anyio.current_time())
+            if len(asked) == 1:
+                await anyio.sleep_forever()
+        await anyio.sleep(seconds)
+        yield prompt
+
+    with registered(FakeModel(answer)):
+        async with LLM(datasette_with()).group("fake", concurrency=10) as model:
+            errors = [response.error async for _, response in model.map(range(200), str)]
+    assert errors == [None] * 200
+    assert asked[1] - asked[0] == pytest.approx(given_up_after, abs=2)
+
+
+async def test_one_that_is_never_answered_fails_in_the_end() -> None:
+    async def answer(prompt: str) -> AsyncGenerator[Any, None]:
+        if prompt == "3":
+            await anyio.sleep_forever()
+        await anyio.sleep(1)
+        yield prompt
+
+    datasette = datasette_with({"retries": {"attempts": 3, "timeout": 3600}})
+    with registered(FakeModel(answer)):
+        async with LLM(datasette).group("fake", concurrency=10) as model:
+            errors = [response.error async for _, response in model.map(range(200), str)]
+    failed = [error for error in errors if error is not None]
+    assert [type(error) for error in failed] == [TimeoutError]
+    assert "far longer than the model usually takes" in str(failed[0])
+
+
+async def test_a_streamed_answer_is_given_up_for_its_silence_and_not_for_its_length() -> None:
+    async def answer(prompt: str) -> AsyncGenerator[Any, None]:
+        for number in range(100 if prompt == "3" else 1):
+            await anyio.sleep(5)
+            yield f"{number} "
+
+    with registered(FakeModel(answer)):
+        async with LLM(datasette_with()).group("fake", concurrency=10) as model:
+            errors = [response.error async for _, response in model.map(range(100), str, stream=True)]
+    assert errors == [None] * 100

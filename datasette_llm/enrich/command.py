@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import sys
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -22,7 +24,9 @@ from datasette_llm.backends.datasette_side import call, open_side
 from datasette_llm.pace.descriptors import raise_limit
 
 from .database import LOCKED_SECONDS, recover
+from .errors import EnrichInputError
 from .job import EnrichJob, raise_bare
+from .record.runs import list_runs
 from .telling.invocation import datasette_command
 from .telling.stopped import REFUSED_REASONS
 from .telling.words import counted
@@ -107,6 +111,19 @@ async def _obey_signals(job: EnrichJob, display: Display, *, task_status: anyio.
                 f"Stopping: up to {GRACE_SECONDS:.0f} s for {counted(running, 'prompt')} in flight, then the "
                 "last answers are written. Once more to stop at once."
             )
+
+
+def list_runs_of(path: str, *, table: str | None = None, run: int | None = None) -> list[dict[str, Any]]:
+    """Return the runs that are on record in a database file, latest first; nothing is changed in it.
+
+    Raises:
+        EnrichInputError: SQLite cannot read the file.
+    """
+    try:
+        with closing(sqlite3.connect(f"{Path(path).resolve().as_uri()}?mode=ro", uri=True)) as conn:
+            return list_runs(conn, table=table, run=run)
+    except sqlite3.Error as error:
+        raise EnrichInputError(f"The runs in {path!r} cannot be read: {error}") from error
 
 
 def exit_code(report: EnrichReport) -> int:

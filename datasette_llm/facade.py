@@ -11,6 +11,7 @@ from .access.keys import KeyRing
 from .access.permissions import Plan, authorize, filter_by_hooks, get_plan, resolve_model_id
 from .calls.choice import Choice
 from .calls.loading import import_model_plugins, load_in_thread
+from .calls.prices import find_pricing
 from .models import WrappedAsyncModel, open_group
 from .pace.policy import Patience
 
@@ -147,6 +148,7 @@ class LLM:
             purpose=purpose,
             actor=actor,
             settings=plan.prompt_settings(chosen),
+            pricing=plan.price(chosen) or await find_pricing(model),
         )
 
     async def _resolve_model_id(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from .calls.choice import Choice
     from .calls.clients.pool import ClientPool
+    from .calls.prices import Pricing
     from .calls.standing import Refusal
     from .pace.policy import Patience
     from .pace.throttle import Slots
@@ -119,6 +120,11 @@ class WrappedAsyncModel:
     def default_options(self) -> Mapping[str, Any]:
         """What the configuration sets; options given to a prompt win."""
         return self._choice.options
+
+    @property
+    def pricing(self) -> Pricing | None:
+        """What its tokens cost, as it is configured or listed; ``None`` if no price is known."""
+        return self._choice.pricing
 
     def __getattr__(self, name: str) -> Any:
         # What llm's model says of itself: attachment_types, supports_schema, can_stream, ...

@@ -309,3 +309,22 @@ def test_each_datasette_has_its_own_and_is_not_kept_alive() -> None:
 
 def test_a_datasette_without_any_configuration() -> None:
     assert get_settings(Datasette()) == PluginSettings()
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"prices": {"m": {"input": "cheap", "output": 1}}}, ".prices.m.input: must be a number of dollars"),
+        ({"prices": {"m": {"input": 1}}}, ".prices.m.output: is missing"),
+        (
+            {"prices": {"m": {"input": 1, "output": 1, "cached": 1}}},
+            ".prices.m.cached: unknown key; did you mean",
+        ),
+        ({"max_cost": 0}, ".max_cost: must be more than 0"),
+        ({"purposes": {"x": {"confirm_above": -1}}}, ".purposes.x.confirm_above: must be at least 0"),
+    ],
+)
+def test_mistakes_about_money(config: Any, problem: str) -> None:
+    with pytest.raises(StartupError) as caught:
+        parse_settings(config)
+    assert str(caught.value).startswith(ROOT + problem)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from ..backends import datasette_side
+from ..calls.prices import Price
 from ..errors import ModelNotFoundError
 from ..hookspecs import plugin_manager
 from .catalog import AnyAsyncModel, Snapshot, get_snapshot
@@ -120,6 +121,13 @@ class Plan:
             settings = self.settings.prompt_settings(self._purpose, limits.get(model_id))
             self._prompt_settings[model_id] = settings
         return settings
+
+    def price(self, model_id: str) -> Price | None:
+        """Return the configured price of a model."""
+        for name, price in (self.settings.prices or {}).items():
+            if price is not None and self._id(name) == model_id:
+                return Price(price.input, price.output, price.cached_input)
+        return None
 
 
 _plans: WeakKeyDictionary[Datasette, tuple[PluginSettings, Snapshot, dict[str | None, Plan]]]

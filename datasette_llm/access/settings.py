@@ -83,6 +83,8 @@ def _secret_name(value: Any) -> Any:
 
 Whole = Annotated[int, BeforeValidator(_number), Field(ge=1)]
 Seconds = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
+Dollars = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
+Money = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
 Truth = Annotated[bool, BeforeValidator(_truth)]
 Text = Annotated[str, BeforeValidator(_text)]
 SecretName = Annotated[str, BeforeValidator(_secret_name), BeforeValidator(_text)]
@@ -151,6 +153,14 @@ class RateLimits(Section):
     tokens_per_minute: Whole | None = None
 
 
+class ModelPrice(Section):
+    """Dollars per million tokens of a model."""
+
+    input: Dollars
+    output: Dollars
+    cached_input: Dollars | None = None
+
+
 NUMBER, BOUNDS = "(number)", "(bounds)"
 Concurrency = Annotated[
     Annotated[Whole, Tag(NUMBER)] | Annotated[Bounds, Tag(BOUNDS)],
@@ -165,6 +175,8 @@ class Pace(Section):
     timeout: Seconds | None = None
     outage_timeout: Seconds | None = None
     retries: Retries | None = None
+    max_cost: Money | None = None
+    confirm_above: Dollars | None = None
 
 
 class PurposeSettings(Pace):
@@ -200,6 +212,7 @@ class PluginSettings(Pace):
     require_keys: Truth | None = None
     enforce: Literal["all", "config", "none"] | None = None
     rate_limits: dict[str, RateLimits | None] | None = None
+    prices: dict[str, ModelPrice | None] | None = None
 
     def purpose(self, name: str | None) -> PurposeSettings | None:
         """Return the section of a purpose, if it has one."""
@@ -234,6 +247,15 @@ class PluginSettings(Pace):
                 yield f"{path}.{index}", model
         for model in self.rate_limits or ():
             yield f"rate_limits.{model}", model
+        for model in self.prices or ():
+            yield f"prices.{model}", model
+
+    def money(self, purpose: str | None, name: Literal["max_cost", "confirm_above"]) -> float | None:
+        """Return a limit in dollars: the purpose's own, else the general one, else ``None``."""
+        section = self.purpose(purpose)
+        own: float | None = None if section is None else getattr(section, name)
+        general: float | None = getattr(self, name)
+        return general if own is None else own
 
     def prompt_settings(self, purpose: str | None, rate_limit: RateLimits | None) -> PromptSettings:
         """Return how prompts of a purpose run: its own settings, else the general ones, else the defaults."""
@@ -325,6 +347,7 @@ _SECTIONS: Mapping[str, type[Section]] = {
     "concurrency": Bounds,
     "retries": Retries,
     "rate_limits": RateLimits,
+    "prices": ModelPrice,
 }
 
 
@@ -350,7 +373,10 @@ def _describe(details: Mapping[str, Any]) -> str:
     elif kind == "finite_number":
         problem = "must be a finite number"
     else:
-        problem = f"must be {_EXPECTED.get(kind, 'something else')}, not {_kind(value)}"
+        expected = _EXPECTED.get(kind, "something else")
+        if path and path[-1] in _AMOUNTS:
+            expected = expected.replace("seconds", "dollars")
+        problem = f"must be {expected}, not {_kind(value)}"
     return f"{'.'.join([ROOT, *map(str, path)])}: {problem}"
 
 
@@ -360,13 +386,15 @@ def _unknown_key(path: list[Any]) -> str:
     for part in path[:-1]:
         if not named and part in section.model_fields:
             section = _SECTIONS.get(str(part), section)
-        named = part in ("purposes", "rate_limits") and not named
+        named = part in ("purposes", "rate_limits", "prices") and not named
     known = list(section.model_fields)
     near = difflib.get_close_matches(str(path[-1]), known, n=1)
     if near:
         return f"unknown key; did you mean {near[0]}?"
     return f"unknown key; the keys here are {', '.join(known)}"
 
+
+_AMOUNTS = {*ModelPrice.model_fields, "max_cost", "confirm_above"}
 
 _EXPECTED = {
     "string_type": "text",

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     import llm
 
+    from .prices import Pricing
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -26,6 +28,7 @@ class Choice:
         purpose: what the prompts are for.
         actor: the Datasette actor they are for.
         settings: concurrency, timeout, retries and rate limits.
+        pricing: what its tokens cost, if anybody knows.
     """
 
     model: llm.AsyncModel | llm.AsyncKeyModel
@@ -35,6 +38,7 @@ class Choice:
     purpose: str | None = None
     actor: dict[str, Any] | None = None
     settings: PromptSettings = field(default_factory=PromptSettings)
+    pricing: Pricing | None = None
 
     def __post_init__(self) -> None:
         keep_secret(self.key)

@@ -19,6 +19,7 @@ from ..backends.datasette_side import backend
 from ..pace.outcome import Outcome
 from .http_answers import HttpAnswers, watch
 from .listening import listen_for
+from .prices import told_in_headers
 from .retry import check_complete, classify, retrying
 from .trouble import trouble_of
 from .wording import in_words
@@ -326,6 +327,7 @@ class ModelCall:
                 await observed
                 _check_text(observed)
             check_complete(observed)
+            self._response.told_cost = told_in_headers(answers.headers)
             self._response._publish_all()
         except BaseException as error:
             await _close(events)

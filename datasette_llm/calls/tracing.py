@@ -58,8 +58,9 @@ def describe_end(
     input_tokens: int,
     output_tokens: int,
     finish_reasons: list[str],
+    cost: float | None = None,
 ) -> None:
-    """Say how it ended: the class of its error, the tokens it took, why its model stopped each time."""
+    """Say how it ended: the class of its error, the tokens and dollars, why its model stopped each time."""
     if error is not None:
         span.set_attribute("error.type", type(error).__qualname__)
         span.set_status(Status(StatusCode.ERROR))
@@ -67,3 +68,5 @@ def describe_end(
     span.set_attribute("gen_ai.usage.output_tokens", output_tokens)
     if finish_reasons:
         span.set_attribute("gen_ai.response.finish_reasons", finish_reasons)
+    if cost is not None:
+        span.set_attribute("datasette_llm.cost", cost)

@@ -73,6 +73,12 @@ _PURPOSE = "enrichments"
     help="Stop when about N tokens, in and out together, are spent.",
 )
 @click.option(
+    "--max-cost",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="DOLLARS",
+    help="Stop when about so much is spent: passed by no more than what is in flight.",
+)
+@click.option(
     "--deadline",
     type=Duration(),
     metavar="DURATION",
@@ -156,7 +162,7 @@ def enrich_command(
 
     \b
     Exit codes:
-      0    all is done, or the deadline or the number of tokens was reached
+      0    all is done, or the deadline, the number of tokens or the cost was reached
       1    rows failed, or the job could not go on: no money or quota is left, say
       2    the command cannot be run as it is: nothing was sent
       130  stopped by Ctrl-C

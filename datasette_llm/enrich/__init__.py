@@ -54,6 +54,7 @@ async def enrich(
     allow_empty: bool = False,
     max_failures: int | None = None,
     max_tokens_total: int | None = None,
+    max_cost: float | None = None,
     deadline: float | None = None,
     wait_for_quota: float | None = None,
     timeout: float | None = None,
@@ -101,6 +102,8 @@ async def enrich(
         allow_empty: write text answers that are empty, too.
         max_failures: stop when so many rows have failed; else when a hundred prompts in a row have.
         max_tokens_total: stop when about so many tokens, in and out, are spent.
+        max_cost: stop when about so many dollars are spent: more than that only by what is in flight. By
+            default as configured, else there is no limit. The price of the model has to be known.
         deadline: stop after so many seconds; prompts in flight are still completed.
         timeout: how many seconds one attempt may take; by default as configured.
         outage_timeout: how many seconds a provider that cannot be reached is waited for, without using up
@@ -150,6 +153,7 @@ async def enrich(
         allow_empty=allow_empty,
         max_failures=max_failures,
         max_tokens_total=max_tokens_total,
+        max_cost=max_cost,
         deadline=deadline,
         lock_timeout=lock_timeout,
         wait_for_quota=wait_for_quota,

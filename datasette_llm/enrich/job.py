@@ -86,6 +86,9 @@ class EnrichJob:
             open_group: opens the group that runs the prompts; `LLM.group` unless a test has its own.
         """
         self._datasette = datasette
+        configured = get_settings(datasette).money(spec.purpose, "max_cost")
+        if spec.max_cost is None and configured is not None:
+            spec = replace(spec, max_cost=configured)
         self._spec = spec
         self._on_progress = on_progress
         self._on_settled = on_settled
@@ -190,6 +193,7 @@ class EnrichJob:
                     recorder.end,
                     outcome=report.stopped or "done",
                     skipped=report.skipped,
+                    cost=report.cost,
                     failures=report.failures,
                 )
                 await write(plan.database, end)

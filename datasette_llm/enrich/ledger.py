@@ -159,7 +159,18 @@ class Ledger:
             self.stopping = "deadline"
         elif spec.max_tokens_total is not None and self._tokens_spoken_for() >= spec.max_tokens_total:
             self.stopping = "max_tokens_total"
+        elif spec.max_cost is not None and self._cost_spoken_for() >= spec.max_cost:
+            self.stopping = "max_cost"
         return self.stopping is not None
+
+    def _cost_spoken_for(self) -> float:
+        """Return the dollars spent, and what prompts without a known cost and in flight will have cost."""
+        stats = self.model.stats
+        priced = stats.succeeded - stats.unpriced
+        if stats.cost is None or priced <= 0:
+            return 0.0
+        cost: float = stats.cost + stats.cost / priced * (stats.unpriced + self.in_flight)
+        return cost
 
     def _tokens_spoken_for(self) -> float:
         """Return the tokens used, and what the prompts in flight will use if they are like the others."""
@@ -181,6 +192,7 @@ class Ledger:
         progress.running = self.in_flight
         progress.retries = stats.retries
         progress.input_tokens, progress.output_tokens = stats.input_tokens, stats.output_tokens
+        progress.cost = stats.cost
         progress.elapsed = self.elapsed
         progress.stopping = self.stopping
         progress.waiting = next((str(watch) for watch in self.watches if watch.trouble), None)
@@ -209,6 +221,7 @@ class Ledger:
             stats = self.model.stats
             report.retries = stats.retries
             report.input_tokens, report.output_tokens = stats.input_tokens, stats.output_tokens
+            report.cost, report.unpriced = stats.cost, stats.unpriced
 
     def resume_where(self, rows: Selection) -> str | None:
         """Return the condition for the rows from the first one on that is not settled."""

@@ -64,6 +64,7 @@ class JobSpec:
     allow_empty: bool = False
     max_failures: int | None = None
     max_tokens_total: int | None = None
+    max_cost: float | None = None
     deadline: float | None = None
     lock_timeout: float = LOCKED_SECONDS
     wait_for_quota: float | None = None
@@ -89,6 +90,7 @@ class JobSpec:
             "concurrency",
             "max_failures",
             "max_tokens_total",
+            "max_cost",
             "deadline",
             "wait_for_quota",
             "timeout",
@@ -127,7 +129,8 @@ class JobSpec:
             schema: what answers have to be.
 
         Raises:
-            EnrichInputError: there is no key for the model, or it takes no schema, or not such options.
+            EnrichInputError: there is no key for the model, or it takes no schema, or not such options, or a
+            limit to its cost is given and its price is not known.
         """
         inner = getattr(model, "model", None)
         needs_key = getattr(inner, "needs_key", None)
@@ -137,6 +140,8 @@ class JobSpec:
             raise EnrichInputError(
                 f"The model {model.model_id!r} does not support schemas: do without, or choose another model"
             )
+        if self.max_cost is not None and getattr(model, "pricing", None) is None:
+            raise EnrichInputError(no_price(model.model_id))
         options_class = getattr(inner, "Options", None)
         if options_class is None or not self.options:
             return
@@ -150,6 +155,15 @@ class JobSpec:
                     raise EnrichInputError(
                         f"The option {name!r} is not right for {model.model_id!r}: {problem['msg']}; {known}"
                     ) from None
+
+
+def no_price(model_id: str) -> str:
+    """Return why the cost of a model cannot be limited, and what to do."""
+    return (
+        f"No price is known for {model_id!r}, so its cost cannot be limited: configure it as "
+        f"plugins.datasette-llm.prices.{model_id}: {{input: DOLLARS, output: DOLLARS}} (per million tokens), "
+        "or limit the tokens with --max-tokens-total"
+    )
 
 
 def _no_key(model_id: str, needs_key: str, variable: str | None) -> str:

@@ -54,9 +54,11 @@ class PromptResponse(llm.AsyncResponse):
         done: whether the prompt has ended, callbacks included.
         error: the exception the prompt ended with, or ``None``.
         attempts: how many model calls it took so far.
+        told_cost: what the answer cost in dollars, where a header said so.
     """
 
     attempts: int = 0
+    told_cost: float | None = None
 
     # How nearly every response begins, and most end: in the class, since a million of them may be made.
     _finished = False

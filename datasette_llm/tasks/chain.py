@@ -25,6 +25,7 @@ from llm.parts import StreamEvent
 from ..backends.loops import LoopDoor
 from ..backends.signal import Signal
 from ..calls.model_call import ModelCall
+from ..calls.prices import cost_of
 from ..errors import PromptCancelled
 from ..responses.response import PromptResponse, finish_reasons, used_tokens
 from ..responses.tools import attachments_of, execute_tool_calls, pending_tool_calls, tool_message
@@ -392,7 +393,7 @@ class ChainTask(SupervisedTask):
                 await self.result._succeeded()
             await response._run_callbacks()
         response._finish(None)
-        self.supervisor.counters.count_tokens(*used_tokens(response))
+        self.supervisor.counters.count_tokens(*used_tokens(response), cost_of(response, self.choice.pricing))
         return response
 
     async def _run_tools(
@@ -409,6 +410,11 @@ class ChainTask(SupervisedTask):
             )
 
         return await self.interruptible(run)
+
+    def cost(self) -> float | None:
+        costs = [cost_of(response, self.choice.pricing) for response in self._chain._responses]
+        known = [cost for cost in costs if cost is not None]
+        return sum(known) if known else None
 
     def tokens(self) -> tuple[int, int]:
         used = [used_tokens(response) for response in self._chain._responses]

@@ -102,6 +102,8 @@ class GroupSupervisor(Supervisor):
             concurrency=self.slots.limit,
             away=self.slots.away(),
             quota_seconds=self._quota_seconds(),
+            cost=counters.cost,
+            unpriced=counters.unpriced,
         )
 
     def _quota_seconds(self) -> float | None:

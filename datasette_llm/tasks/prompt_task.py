@@ -8,6 +8,7 @@ import anyio
 from anyio import get_cancelled_exc_class
 
 from ..calls.model_call import ModelCall
+from ..calls.prices import cost_of
 from ..errors import PromptCancelled
 from ..responses.response import PromptResponse, finish_reasons, used_tokens
 from .task import SupervisedTask
@@ -89,8 +90,11 @@ class PromptTask(SupervisedTask):
     def tokens(self) -> tuple[int, int]:
         return used_tokens(self.response)
 
+    def cost(self) -> float | None:
+        return cost_of(self.response, self.choice.pricing)
+
     def count_tokens(self) -> None:
-        self.supervisor.counters.count_tokens(*self.tokens())
+        self.supervisor.counters.count_tokens(*self.tokens(), self.cost())
 
     def finish_reasons(self, error: Exception | None) -> list[str]:
         return finish_reasons([self.response], error)

@@ -23,6 +23,8 @@ class GroupStats:
         throttled_seconds: how long prompts waited because of the provider's limits, all added up.
         input_tokens: tokens sent by the prompts that succeeded, as their models count them.
         output_tokens: tokens received, likewise.
+        cost: what they cost in dollars; ``None`` if the price of none of them is known.
+        unpriced: how many of them are not in ``cost``, since their price is not known.
         elapsed: seconds since the group began, up to its end.
         prompts_per_second: prompts that ended, per second of ``elapsed``.
         concurrency: how many model calls may run at once now.
@@ -44,3 +46,5 @@ class GroupStats:
     concurrency: int
     away: Away | None = None
     quota_seconds: float | None = None
+    cost: float | None = None
+    unpriced: int = 0

@@ -41,9 +41,15 @@ class Counters:
     retries: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
+    cost: float | None = None
+    unpriced: int = 0
 
-    def count_tokens(self, sent: int, received: int) -> None:
+    def count_tokens(self, sent: int, received: int, cost: float | None) -> None:
         """Add what a prompt has used."""
+        if cost is None:
+            self.unpriced += 1
+        else:
+            self.cost = (self.cost or 0.0) + cost
         self.input_tokens += sent
         self.output_tokens += received
 

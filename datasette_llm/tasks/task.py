@@ -117,6 +117,10 @@ class SupervisedTask:
         """Tell the readers that it has ended."""
         raise NotImplementedError
 
+    def cost(self) -> float | None:
+        """Return what it cost in dollars, as far as that is known."""
+        return None
+
     def count_tokens(self) -> None:
         """Enter what it used in the books of its owner; called when it has succeeded."""
 
@@ -392,7 +396,7 @@ class SupervisedTask:
     def _close_span(self, error: Exception | None) -> None:
         span, self._span = self._span, None
         if span is not None:
-            describe_end(span, error, *self.tokens(), self.finish_reasons(error))
+            describe_end(span, error, *self.tokens(), self.finish_reasons(error), self.cost())
 
     def _close_turn(self, error: Exception | None) -> None:
         if self._turn is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from tqdm import tqdm
 
 from .stopped import clock_time
-from .words import counted, duration
+from .words import counted, dollars, duration
 
 if TYPE_CHECKING:
     from .report import EnrichProgress
@@ -139,6 +139,8 @@ def _counts(progress: EnrichProgress, columns: int) -> str:
     tokens = progress.input_tokens + progress.output_tokens
     if tokens:
         parts.append("1 token" if tokens == 1 else f"{_short(tokens)} tokens")
+    if progress.cost is not None:
+        parts.append(dollars(progress.cost))
     return ", ".join(parts)
 
 
@@ -177,4 +179,6 @@ def line(progress: EnrichProgress) -> str:
         parts.append(counted(progress.retries, "retry", "retries"))
     if progress.input_tokens + progress.output_tokens:
         parts.append(counted(progress.input_tokens + progress.output_tokens, "token"))
+    if progress.cost is not None:
+        parts.append(dollars(progress.cost))
     return ", ".join(parts)

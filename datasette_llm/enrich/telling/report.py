@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .stopped import REFUSED_REASONS, advice, sentence
-from .words import counted, duration
+from .words import counted, dollars, duration
 
 if TYPE_CHECKING:
     from ..reading.table import SQLValue
@@ -54,6 +54,7 @@ class EnrichProgress:
         retries: model calls beyond the first of a prompt.
         input_tokens: tokens sent, as the models counted them.
         output_tokens: tokens received.
+        cost: what the answers cost so far in dollars; ``None`` if no price is known.
         elapsed: seconds since the job began.
         stopping: why it is stopping, if it is.
         waiting: what keeps the database from being used, or the provider from being reached, and since when,
@@ -71,6 +72,7 @@ class EnrichProgress:
     retries: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
+    cost: float | None = None
     elapsed: float = 0.0
     stopping: StopReason | None = None
     waiting: str | None = None
@@ -111,6 +113,8 @@ class EnrichReport:
         retries: model calls beyond the first of a prompt.
         input_tokens: tokens sent, as the models counted them.
         output_tokens: tokens received.
+        cost: what the answers cost in dollars; ``None`` if no price is known.
+        unpriced: answers that are not in ``cost``, since their price is not known.
         saved_input_tokens: tokens that reused answers would have taken.
         saved_output_tokens: likewise.
         elapsed: seconds.
@@ -149,6 +153,8 @@ class EnrichReport:
     retries: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
+    cost: float | None = None
+    unpriced: int = 0
     saved_input_tokens: int = 0
     saved_output_tokens: int = 0
     elapsed: float = 0.0
@@ -241,9 +247,15 @@ class EnrichReport:
         retried = f", {counted(self.retries, 'retry', 'retries')}" if self.retries else ""
         lines.append(
             f"{counted(self.input_tokens, 'token')} in, {self.output_tokens:,} out, "
-            f"{duration(self.elapsed)}, {self.rows_per_second:,.1f} rows/s{retried}"
+            f"{self._cost_in_words()}, {duration(self.elapsed)}, {self.rows_per_second:,.1f} rows/s{retried}"
         )
         return "\n".join(lines)
+
+    def _cost_in_words(self) -> str:
+        if self.cost is None:
+            return "no price known"
+        without = f" (and {counted(self.unpriced, 'answer')} of no known price)" if self.unpriced else ""
+        return dollars(self.cost) + without
 
     def _incomplete(self) -> list[str]:
         if not self.incomplete:

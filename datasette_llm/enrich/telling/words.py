@@ -18,3 +18,12 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def dollars(cost: float) -> str:
+    """Return an amount of money for people: $12.34, and $0.0012 where cents say nothing."""
+    if cost == 0 or cost >= 0.095:
+        return f"${cost:,.2f}"
+    if cost < 0.000001:
+        return "less than $0.000001"
+    return f"${cost:.4f}" if cost >= 0.001 else f"${cost:.6f}"

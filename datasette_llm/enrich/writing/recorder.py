@@ -70,6 +70,7 @@ class Recorder:
         *,
         outcome: str,
         skipped: int = 0,
+        cost: float | None = None,
         failures: Sequence[FailureKind] = (),
     ) -> None:
         """Record how the run ended, if it ever began."""
@@ -77,7 +78,7 @@ class Recorder:
             return
         kinds = [{"kind": each.kind, "count": each.count, "example": each.example} for each in failures]
         conn.execute("begin immediate")
-        end_run(conn, self.run, outcome, skipped=skipped, failures=kinds)
+        end_run(conn, self.run, outcome, skipped=skipped, cost=cost, failures=kinds)
         conn.commit()
 
 

@@ -11,13 +11,13 @@ import llm
 import pytest
 
 from datasette_llm.enrich import ledger
+from datasette_llm.enrich.answers.outputs import Outputs
+from datasette_llm.enrich.answers.schema import AnswerCheck
+from datasette_llm.enrich.answers.whole import check_finish, spoken
 from datasette_llm.enrich.errors import AnswerError
 from datasette_llm.enrich.telling.kinds import kind_of
 from datasette_llm.enrich.telling.words import counted
 from datasette_llm.enrich.writing import skipped
-from datasette_llm.enrich.writing.answers import check_finish, spoken
-from datasette_llm.enrich.writing.outputs import Outputs
-from datasette_llm.enrich.writing.schema import AnswerCheck
 
 from .enrich_tables import TableFile, fake_model
 from .fakes import FakeModel, registered

@@ -17,14 +17,15 @@ from datasette_llm._compat import BaseExceptionGroup, ExceptionGroup
 from datasette_llm.backends.datasette_side import call, open_side
 from datasette_llm.enrich import EnrichError, EnrichInputError, JobSpec, job
 from datasette_llm.enrich import database as database_side
+from datasette_llm.enrich.answers.outputs import Outputs
 from datasette_llm.enrich.command import exit_code, go_on, run_job
 from datasette_llm.enrich.reading.selection import literal
-from datasette_llm.enrich.reading.table import Column, Table, nearest
+from datasette_llm.enrich.reading.table import Column, Table
+from datasette_llm.enrich.record.failures import key_from_stored, stored_key
 from datasette_llm.enrich.telling.display import Silence
 from datasette_llm.enrich.telling.report import EnrichReport, FailureKind
+from datasette_llm.enrich.telling.words import nearest
 from datasette_llm.enrich.writing import lock
-from datasette_llm.enrich.writing.failures import key_from_stored, stored_key
-from datasette_llm.enrich.writing.outputs import Outputs
 
 from .enrich_tables import TableFile, close_datasette, fake_model
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from datasette_llm.enrich.answers.schema import AnswerCheck, read_schema
 from datasette_llm.enrich.errors import EnrichInputError, RowError
-from datasette_llm.enrich.writing.schema import AnswerCheck, read_schema
 
 
 class Animal(BaseModel):

@@ -21,7 +21,7 @@ from datasette_llm.enrich.reading.selection import Row
 from datasette_llm.enrich.telling.display import line
 from datasette_llm.enrich.trouble import trouble_of
 from datasette_llm.enrich.writing import side_file, writer
-from datasette_llm.enrich.writing.landing import Result
+from datasette_llm.enrich.writing.results import Result
 from datasette_llm.enrich.writing.side_file import SideFile
 
 from .enrich_tables import TableFile, fake_model

@@ -20,6 +20,7 @@ from datasette_llm.errors import PromptCancelled, ProviderUnreachable
 from datasette_llm.responses.response import used_tokens
 from datasette_llm.secrecy import redacted
 
+from .answers.whole import check_finish
 from .database import read
 from .errors import DatabaseError, RowError
 from .reading.answered import find_answers
@@ -29,8 +30,7 @@ from .reuse import Answer, Questions
 from .spacing import Spacing
 from .telling.kinds import kind_of
 from .trouble import Watch
-from .writing.answers import check_finish
-from .writing.landing import Result
+from .writing.results import Result
 from .writing.skipped import Forgetter
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import anyio
 from datasette_llm.backends.datasette_side import call
 
 from .errors import DatabaseError, EnrichInputError
-from .reading.table import nearest
+from .telling.words import nearest
 from .trouble import Watch, is_locked, trouble_of
 
 if TYPE_CHECKING:

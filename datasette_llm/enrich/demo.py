@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 from datasette_llm.hookspecs import plugin_manager
 
 from .errors import EnrichInputError
-from .reading.table import quote
 from .spec import JobSpec
+from .sql import quote
 from .telling.invocation import datasette_command
 
 if TYPE_CHECKING:

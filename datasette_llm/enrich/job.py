@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from .spec import JobSpec
     from .telling.report import EnrichProgress
     from .telling.stopped import StopReason
-    from .writing.landing import Outcome
     from .writing.recorder import Recorder
+    from .writing.results import Outcome
 
 logger = logging.getLogger("datasette_llm")
 

@@ -19,13 +19,13 @@ from .telling.weather import away_in_words
 
 if TYPE_CHECKING:
     from .reading.selection import Row, Selection
-    from .reading.table import SQLValue
     from .reuse import Answer
     from .spec import JobSpec
+    from .sql import SQLValue
     from .telling.report import EnrichReport
     from .telling.stopped import StopReason
     from .trouble import Watch
-    from .writing.landing import Outcome
+    from .writing.results import Outcome
 
 # So many failures with no success between them, and a job ends that has no limit of its own: the provider
 # is down, or a plugin's budget is spent and refuses answers that have been paid for.

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from .answers.outputs import Outputs
+from .answers.schema import read_schema
 from .database import find_database, read, recover, write
 from .errors import EnrichInputError, RowError
 from .question import QuestionHasher
@@ -16,8 +18,6 @@ from .reading.table import read_table
 from .reading.template import PromptTemplate
 from .record.answers import has_no_value_sql
 from .record.runs import find_job
-from .writing.outputs import Outputs
-from .writing.schema import read_schema
 
 if TYPE_CHECKING:
     import sqlite3

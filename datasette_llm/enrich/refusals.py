@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from datasette_llm.calls.standing import Refusal
 
     from .telling.stopped import RefusedReason
-    from .writing.landing import Result
+    from .writing.results import Result
 
 #: So many first rows, refused alike, stop a job.
 ROWS_ALIKE = 10

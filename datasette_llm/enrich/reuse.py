@@ -15,7 +15,7 @@ import anyio
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from .reading.table import SQLValue
+    from .sql import SQLValue
 
 R = TypeVar("R")
 

@@ -9,14 +9,14 @@ from pydantic import ValidationError
 
 from .database import LOCKED_SECONDS
 from .errors import EnrichInputError
-from .reading.table import nearest
+from .telling.words import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from pydantic import BaseModel
 
-    from .reading.table import SQLValue
+    from .sql import SQLValue
 
 
 @dataclass(frozen=True)

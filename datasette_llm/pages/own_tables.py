@@ -14,7 +14,7 @@ from typing import Any
 from datasette.permissions import PermissionSQL
 
 from ..enrich.reading.table import OWN_PREFIX
-from ..enrich.writing.failures import ERRORS_TABLE
+from ..enrich.record.failures import ERRORS_TABLE
 
 # Finding out what else somebody may see asks the same hook.
 _asking: ContextVar[bool] = ContextVar("datasette_llm_asking", default=False)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..record.answers import find_answered
 from ..record.keys import key_of
 from ..reuse import Answer
-from .table import quote
+from ..sql import quote
 
 if TYPE_CHECKING:
     import sqlite3

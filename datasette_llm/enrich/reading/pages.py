@@ -11,9 +11,9 @@ from .selection import FIRST_PAGE_ROWS, PAGE_ROWS
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
+    from ..sql import SQLValue
     from ..trouble import Watch
     from .selection import Row, Source
-    from .table import SQLValue
 
 
 async def read_pages(

@@ -12,14 +12,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import EnrichInputError
+from ..record.failures import ERRORS_TABLE, has_errors_table, key_from_stored
+from ..sql import quote
 from ..trouble import is_locked
-from ..writing.failures import ERRORS_TABLE, has_errors_table, key_from_stored
-from .table import ROWID_NAMES, quote
+from .table import ROWID_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from .table import SQLValue, Table
+    from ..sql import SQLValue
+    from .table import Table
 
 # Small first, so that the first prompts leave at once; then large enough that a query per page is
 # no cost worth counting.

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Callable
 
+    from ..sql import SQLValue
     from .selection import Selection
-    from .table import SQLValue
 
 
 @dataclass(frozen=True)

@@ -7,41 +7,23 @@ rowid is the key, so that no row is out of reach.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal
 
 from ..errors import EnrichInputError
+from ..sql import quote
+from ..telling.words import nearest
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
 Affinity = Literal["INTEGER", "TEXT", "BLOB", "REAL", "NUMERIC"]
-SQLValue: TypeAlias = int | float | str | bytes | None
 
 # What this package keeps about the tables of a database is in tables whose names begin so.
 OWN_PREFIX = "_llm_"
 
 ROWID_NAMES = ("rowid", "_rowid_", "oid")
-
-
-def quote(name: str) -> str:
-    """Quote an identifier, whatever characters are in it."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-def nearest(name: str, known: Iterable[str], *, what: str = "there are") -> str:
-    """Return half a sentence for an error message: the names most like this one, or the first few."""
-    names = list(known)
-    lowered = {candidate.lower(): candidate for candidate in names}
-    close = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=3)]
-    if close:
-        return "did you mean " + " or ".join(repr(match) for match in close) + "?"
-    if not names:
-        return f"{what}: none"
-    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-    return f"{what}: " + ", ".join(repr(candidate) for candidate in names[:12]) + more
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,13 +21,12 @@ from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..errors import EnrichInputError, RowError
-from ..telling.words import counted
-from .table import nearest
+from ..telling.words import counted, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from .table import SQLValue
+    from ..sql import SQLValue
 
 
 class _Null(str):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    SQLValue = int | float | str | bytes | None
+    from ..sql import SQLValue
 
 
 def noted_key(key: Sequence[SQLValue]) -> SQLValue:

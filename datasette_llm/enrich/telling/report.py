@@ -10,7 +10,7 @@ from .stopped import REFUSED_REASONS, advice, sentence
 from .words import counted, dollars, duration
 
 if TYPE_CHECKING:
-    from ..reading.table import SQLValue
+    from ..sql import SQLValue
     from .stopped import StopReason
 
 _WIDTH = 80

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 
 def counted(number: int, one: str, many: str | None = None) -> str:
     """Return a number of things: 1 row, 1,204 rows, 2 retries."""
@@ -27,3 +33,16 @@ def dollars(cost: float) -> str:
     if cost < 0.000001:
         return "less than $0.000001"
     return f"${cost:.4f}" if cost >= 0.001 else f"${cost:.6f}"
+
+
+def nearest(name: str, known: Iterable[str], *, what: str = "there are") -> str:
+    """Return half a sentence for an error message: the names most like this one, or the first few."""
+    names = list(known)
+    lowered = {candidate.lower(): candidate for candidate in names}
+    close = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=3)]
+    if close:
+        return "did you mean " + " or ".join(repr(match) for match in close) + "?"
+    if not names:
+        return f"{what}: none"
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return f"{what}: " + ", ".join(repr(candidate) for candidate in names[:12]) + more

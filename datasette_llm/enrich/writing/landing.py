@@ -9,61 +9,17 @@ longer asked is dropped, and counted as ``changed``.
 from __future__ import annotations
 
 import sqlite3
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..errors import AnswerError
-from ..reading.table import quote
+from ..record import failures
+from ..sql import quote
 from ..telling.kinds import group_of
-from . import failures
+from .results import Outcome, Result
 
 if TYPE_CHECKING:
     from ..plan import Plan
-    from ..reading.selection import Row
-    from ..reading.table import SQLValue
     from .recorder import Recorder
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What came of one row: values for its output columns, or an error.
-
-    Attributes:
-        question: the hash of what was asked, if it is known.
-        no_value: the answer was that there is none: the values are all NULL.
-        reused: the values are those of another row, which asked the same.
-    """
-
-    row: Row
-    values: tuple[SQLValue, ...] | None
-    error: Exception | None = None
-    kind: str = ""
-    message: str = ""
-    attempts: int = 1
-    question: bytes | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    no_value: bool = False
-    reused: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of a batch.
-
-    Attributes:
-        written: rows that have their values now.
-        failed: rows that have a record of their failure now.
-        changed: rows that are gone, were edited, or got a value from somebody else.
-        set_aside: rows whose values are in the side file, since the table could not be written.
-        lost: rows whose values could be written nowhere.
-    """
-
-    written: list[Result] = field(default_factory=list)
-    failed: list[Result] = field(default_factory=list)
-    changed: list[Result] = field(default_factory=list)
-    set_aside: list[Result] = field(default_factory=list)
-    lost: list[Result] = field(default_factory=list)
 
 
 class Landing:

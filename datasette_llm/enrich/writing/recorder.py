@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..plan import Plan
     from ..record.runs import RunId
     from ..telling.report import FailureKind
-    from .landing import Outcome
+    from .results import Outcome
 
 
 class Recorder:

@@ -36,8 +36,8 @@ from .lock import Held, hold_lock
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from ..reading.table import SQLValue
-    from .landing import Result
+    from ..sql import SQLValue
+    from .results import Result
 
 logger = logging.getLogger("datasette_llm")
 

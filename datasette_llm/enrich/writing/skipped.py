@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from ..database import read, write
 from ..errors import DatabaseError
-from . import failures
+from ..record import failures
 
 if TYPE_CHECKING:
     import sqlite3
 
     from ..plan import Plan
-    from ..reading.table import SQLValue
+    from ..sql import SQLValue
 
 # So many are looked up and forgotten in one short transaction.
 TRANSACTION_ROWS = 500

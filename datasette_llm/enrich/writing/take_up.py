@@ -13,8 +13,9 @@ import anyio
 from ..database import write
 from ..errors import AnswerError
 from ..reading.selection import Row
-from .landing import Landing, Outcome, Result
+from .landing import Landing
 from .recorder import recorder_of
+from .results import Outcome, Result
 from .side_file import SideFile, fingerprint
 from .writer import TRANSACTION_ROWS
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ..plan import Plan
-    from ..reading.table import SQLValue
+    from ..sql import SQLValue
     from .side_file import Line
 
 logger = logging.getLogger("datasette_llm")

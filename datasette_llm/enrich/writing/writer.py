@@ -25,14 +25,15 @@ import anyio
 from ..database import LOCKED_PAUSE_SECONDS, write_once
 from ..errors import DatabaseError
 from ..trouble import Watch
-from .landing import Landing, Outcome
+from .landing import Landing
+from .results import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..plan import Plan
-    from .landing import Result
     from .recorder import Recorder
+    from .results import Result
     from .side_file import SideFile
 
 logger = logging.getLogger("datasette_llm")

@@ -44,9 +44,10 @@ if TYPE_CHECKING:
 
     from wtforms import Form
 
-    from ...enrich.reading.table import SQLValue, Table
+    from ...enrich.reading.table import Table
+    from ...enrich.sql import SQLValue
     from ...enrich.telling.report import EnrichProgress, EnrichReport
-    from ...enrich.writing.landing import Outcome, Result
+    from ...enrich.writing.results import Outcome, Result
     from .runs import Run
 
 #: How long prompts in flight may take to complete after a cancellation.

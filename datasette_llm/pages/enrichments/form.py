@@ -8,10 +8,10 @@ from markupsafe import Markup
 from wtforms import BooleanField, Form, SelectField, StringField, TextAreaField
 from wtforms.validators import DataRequired
 
+from ...enrich.answers.outputs import Outputs
+from ...enrich.answers.schema import read_schema
 from ...enrich.errors import EnrichInputError
 from ...enrich.reading.template import PromptTemplate
-from ...enrich.writing.outputs import Outputs
-from ...enrich.writing.schema import read_schema
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

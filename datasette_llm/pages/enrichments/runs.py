@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ...enrich.job import EnrichJob
-    from ...enrich.reading.table import SQLValue
+    from ...enrich.sql import SQLValue
 
 #: How long prompts in flight may take to complete when the server stops.
 END_GRACE_SECONDS = 5.0

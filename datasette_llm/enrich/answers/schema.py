@@ -19,8 +19,8 @@ import llm
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, create_model
 
 from ..errors import AnswerError, EnrichInputError
-from .answers import beginning, spoken
 from .finding import NotJSON, inside, objects, whole
+from .whole import beginning, spoken
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Sequence
 
-    from ..reading.table import SQLValue
+    from ..sql import SQLValue
 
 ERRORS_TABLE = "_llm_enrich_errors"
 

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AnswerError, EnrichInputError
-from ..reading.table import check_output_column, quote
-from .answers import beginning, spoken
+from ..reading.table import check_output_column
+from ..sql import quote
 from .schema import AnswerCheck
+from .whole import beginning, spoken
 
 if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Mapping
 
-    from ..reading.table import Affinity, Column, SQLValue, Table
+    from ..reading.table import Affinity, Column, Table
+    from ..sql import SQLValue
 
 _SQL_TYPES = {"integer": "INTEGER", "boolean": "INTEGER", "number": "REAL"}
 _LARGEST = 2**63 - 1

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from ..secrecy import keep_secret
+from .before import asking_first, show_estimate, show_trial
 from .options import CONFIG_OPTION, INTERNAL_OPTION, Duration
 from .running import check_header, make_datasette, run_job
 
@@ -21,7 +22,9 @@ _PURPOSE = "enrichments"
 @click.argument("table")
 @click.argument("prompt")
 @click.option("--column", metavar="NAME", help="Receives the answers; added if it does not exist.")
-@click.option("--model", "-m", metavar="ID", help="Id or alias; else the configured default.")
+@click.option(
+    "--model", "-m", "models", multiple=True, metavar="ID", help="Id or alias; else the configured default."
+)
 @click.option("--system", "-s", metavar="TEXT", help="System prompt, the same for every row.")
 @click.option(
     "--option",
@@ -39,6 +42,16 @@ _PURPOSE = "enrichments"
 )
 @click.option("--where", metavar="SQL", help="Only rows for which this condition holds.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Ask about N rows at most.")
+@click.option(
+    "--try",
+    "number",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Ask about N rows from all of the table, show the answers and what all would take; write nothing. "
+    "Several -m are compared.",
+)
+@click.option("--estimate", is_flag=True, help="Say what it would take: rows, tokens, cost; send nothing.")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask, however much it may cost (confirm_above).")
 @click.option("--dry-run", is_flag=True, help="Count the rows, show the first three prompts; send nothing.")
 @click.option("--overwrite", is_flag=True, help="Also ask about rows that have a value, and replace it.")
 @click.option(
@@ -126,6 +139,10 @@ def enrich_command(
     options: tuple[tuple[str, str], ...],
     no_reuse: bool,
     no_record: bool,
+    number: int | None,
+    estimate: bool,
+    yes: bool,
+    models: tuple[str, ...],
     **asked: Any,
 ) -> None:
     """Run a prompt for every row of a table, and write the answers into a column of it.
@@ -177,6 +194,8 @@ def enrich_command(
         raise click.UsageError(
             "Say where the answers go: --column NAME, or --schema for one column per property."
         )
+    if len(models) > 1 and number is None:
+        raise click.UsageError("Several models can only be compared: add --try N, or give one.")
     check_header(database)
     spec = JobSpec(
         database="",
@@ -187,10 +206,20 @@ def enrich_command(
         reuse=not no_reuse,
         record=not no_record,
         by=_user(),
+        model=models[0] if models else None,
         **asked,
     )
+    make = partial(make_datasette, [database], config, internal)
+    if number is not None:
+        command = datasette_command("llm", "enrich", database, table, prompt, *_words(_given(ctx)))
+        ctx.exit(
+            show_trial(make, spec, backend, number=number, models=models, command=command, as_json=as_json)
+        )
+    if estimate:
+        show_estimate(make, spec, backend, as_json=as_json)
+        ctx.exit(0)
     display = open_display(quiet=quiet)
-    report = run_job(partial(make_datasette, [database], config, internal), spec, display, backend)
+    report = run_job(make, spec, display, backend, asking_first(yes=yes, quiet=quiet))
     if as_json:
         click.echo(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
     elif not quiet:
@@ -243,12 +272,23 @@ def _given(ctx: click.Context) -> list[tuple[str, str | None]]:
             given.append((flag, f"{value:g}s"))
         elif param.is_flag:
             given.append((flag, None))
+        elif param.name == "models":
+            given.append((flag, value[0]))
         elif param.multiple:
             for name, setting in value:
                 given += [(flag, name), (setting, None)]
         else:
             given.append((flag, str(value)))
     return given
+
+
+def _words(options: list[tuple[str, str | None]]) -> list[str]:
+    """Return the options of the whole run, for that of a trial."""
+    words = []
+    for name, value in options:
+        if name not in ("--try", "--json"):
+            words += [name] if value is None else [name, value]
+    return words
 
 
 def _is_stored_key(name: str) -> bool:

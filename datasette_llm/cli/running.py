@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 _SQLITE_HEADER = b"SQLite format 3\0"
 
 
-def run_job(make_datasette: Callable[[], Any], spec: JobSpec, display: Any, backend: str) -> EnrichReport:
+def run_job(
+    make_datasette: Callable[[], Any], spec: JobSpec, display: Any, backend: str, before: Any = None
+) -> EnrichReport:
     """Run a job to its report; what stops it becomes a message and an exit code."""
     from ..enrich.command import run_job
     from ..enrich.errors import EnrichError
 
     try:
-        report: EnrichReport = run(partial(run_job, make_datasette, spec, display), backend)
+        report: EnrichReport = run(partial(run_job, make_datasette, spec, display, before), backend)
         return report
     except EnrichError as error:
         raise click.ClickException(str(error)) from error

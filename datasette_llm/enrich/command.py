@@ -32,7 +32,7 @@ from .telling.stopped import REFUSED_REASONS
 from .telling.words import counted
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from .spec import JobSpec
     from .telling.display import Display
@@ -76,11 +76,22 @@ async def started_datasette(
                     datasette.close()
 
 
-async def run_job(make_datasette: Callable[[], Any], spec: JobSpec, display: Display) -> EnrichReport:
-    """Run a job on the one database of a Datasette, under the signals of a terminal."""
+async def run_job(
+    make_datasette: Callable[[], Any],
+    spec: JobSpec,
+    display: Display,
+    before: Callable[[Any, JobSpec], Awaitable[None]] | None = None,
+) -> EnrichReport:
+    """Run a job on the one database of a Datasette, under the signals of a terminal.
+
+    Args:
+        before: called with the Datasette and the job before it runs.
+    """
     raise_limit()
     async with started_datasette(make_datasette, lock_timeout=spec.lock_timeout) as datasette:
         spec = replace(spec, database=next(iter(datasette.databases)))
+        if before is not None:
+            await before(datasette, spec)
         job = EnrichJob(datasette, spec, on_progress=display.update)
         try:
             async with anyio.create_task_group() as tasks:

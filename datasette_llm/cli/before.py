@@ -1,0 +1,116 @@
+"""What comes before a run: a few rows tried, or what it would take, and a question where that is much."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import InputProblem
+from .running import run
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from ..enrich.spec import JobSpec
+
+#: A run does not wait longer for the line that says what it would take.
+LINE_SECONDS = 2.0
+
+
+def show_trial(
+    make: Callable[[], Any],
+    spec: JobSpec,
+    backend: str,
+    *,
+    number: int,
+    models: Sequence[str],
+    command: str,
+    as_json: bool,
+) -> int:
+    """Try a few rows and show what came of it.
+
+    Returns:
+        the exit code: 0 if any row was answered, or none is waiting.
+    """
+    from ..enrich.trial import in_words, try_rows
+
+    trial = _with_job(make, spec, backend, partial(try_rows, number=number, models=models))
+    if as_json:
+        click.echo(json.dumps({**trial.as_dict(), "command": command}, indent=2, ensure_ascii=False))
+    else:
+        click.echo(in_words(trial, shutil.get_terminal_size().columns))
+        click.echo(f"Nothing was written. Run it with:\n  {command}")
+    return int(bool(trial.answers) and all(answer.error is not None for answer in trial.answers))
+
+
+def show_estimate(make: Callable[[], Any], spec: JobSpec, backend: str, *, as_json: bool) -> None:
+    """Show what a job would take; nothing is sent."""
+    from ..enrich.estimate import estimate_job
+
+    found = _with_job(make, spec, backend, estimate_job)
+    if as_json:
+        click.echo(json.dumps(found.as_dict(), indent=2))
+        return
+    click.echo(found.line())
+    click.echo(f"Told from {_BASES[found.basis]}. Rows that ask the same are asked once. Nothing was sent.")
+
+
+_BASES = {
+    "characters": "the characters of the prompts, four to a token; --try N tells it better",
+    "earlier runs": "what earlier runs of this prompt used",
+}
+
+
+def asking_first(*, yes: bool, quiet: bool) -> Callable[[Any, JobSpec], Awaitable[None]]:
+    """Return what a run begins with: on a terminal the estimate, and a question if that is much."""
+
+    async def before(datasette: Any, spec: JobSpec) -> None:
+        import anyio
+
+        from ..access.settings import get_settings
+        from ..enrich.estimate import estimate_job
+
+        limit = get_settings(datasette).money(spec.purpose, "confirm_above")
+        shown = sys.stderr.isatty() and not quiet
+        if spec.dry_run or not (shown or (limit is not None and not yes)):
+            return
+        found = None
+        with anyio.move_on_after(LINE_SECONDS if limit is None or yes else float("inf")):
+            found = await estimate_job(datasette, spec)
+        if found is None or not found.rows:
+            return
+        if shown:
+            click.echo(found.line(), err=True)
+        if limit is None or yes or (found.cost is not None and found.cost <= limit):
+            return
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            raise InputProblem(
+                f"{found.line()}: above confirm_above (${limit:g}), and nobody can be asked: "
+                "--yes runs it all the same"
+            )
+        if not click.confirm("Go on?", err=True):
+            raise SystemExit(2)
+
+    return before
+
+
+def _with_job(
+    make: Callable[[], Any],
+    spec: JobSpec,
+    backend: str,
+    function: Callable[[Any, JobSpec], Awaitable[Any]],
+) -> Any:
+    from dataclasses import replace
+
+    from ..enrich.command import started_datasette
+
+    async def main() -> Any:
+        async with started_datasette(make, lock_timeout=spec.lock_timeout) as datasette:
+            return await function(datasette, replace(spec, database=next(iter(datasette.databases))))
+
+    return run(main, backend)

@@ -1,0 +1,236 @@
+"""A few rows asked for real, before the whole table is: answers, what they took, and what all would take.
+
+Nothing is written. Several models can be asked about the same rows, to be compared.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from datasette_llm.backends.datasette_side import open_side
+from datasette_llm.calls.failures import words_of
+from datasette_llm.calls.prices import cost_of
+from datasette_llm.responses.response import used_tokens
+from datasette_llm.secrecy import redacted
+
+from .database import read
+from .estimate import estimate_of, survey
+from .plan import make_plan
+from .telling.words import counted, dollars, duration
+from .writing.answers import check_finish
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .estimate import Estimate, Survey
+    from .plan import Plan
+    from .reading.selection import Row
+    from .spec import JobSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """What a model answered to a row.
+
+    Attributes:
+        pk: the key of the row.
+        values: what its columns would receive; empty if it failed.
+        error: why it failed, or ``None``.
+        cost: in dollars; ``None`` if no price is known.
+        seconds: how long it took.
+    """
+
+    model: str
+    pk: tuple[Any, ...]
+    prompt: str
+    values: dict[str, Any]
+    error: str | None
+    input_tokens: int
+    output_tokens: int
+    cost: float | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What came of a trial.
+
+    Attributes:
+        waiting: how many rows wait.
+        answers: row by row, and for each row in the order of the models.
+        estimates: what the whole would take, for each model.
+    """
+
+    table: str
+    columns: tuple[str, ...]
+    waiting: int
+    answers: list[Tried] = field(default_factory=list)
+    estimates: list[Estimate] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as data that JSON can show."""
+        data = asdict(self)
+        for answer in data["answers"]:
+            answer["pk"] = [value.hex() if isinstance(value, bytes) else value for value in answer["pk"]]
+            answer["seconds"] = round(answer["seconds"], 3)
+        return data
+
+
+async def try_rows(datasette: Any, spec: JobSpec, number: int, models: Sequence[str] = ()) -> Trial:
+    """Ask about a few rows, spread over those that wait; write nothing.
+
+    Args:
+        spec: the job.
+        number: how many rows.
+        models: ids or aliases to be compared; the job's own model if there is none.
+
+    Raises:
+        EnrichInputError: what was asked cannot be done; nothing was sent.
+        ModelNotFoundError: there is no such model, or not for this actor and purpose.
+    """
+    async with open_side():
+        plan = await make_plan(datasette, spec)
+        found = await survey(plan)
+        rows = await _spread(plan, found, number)
+        trial = Trial(plan.table.name, tuple(output.name for output in plan.outputs.columns), found.rows)
+        if not rows:
+            return trial
+        by_model = []
+        asked: Sequence[str | None] = models or [spec.model]
+        for model in asked:
+            each = replace(spec, model=model)
+            answers, estimate = await _ask(datasette, replace(plan, spec=each), found, rows)
+            by_model.append(answers)
+            trial.estimates.append(estimate)
+        for of_row in zip(*by_model, strict=True):
+            trial.answers.extend(of_row)
+    return trial
+
+
+async def _spread(plan: Plan, found: Survey, number: int) -> list[Row]:
+    """Return rows with something to ask, from everywhere between the first and the last."""
+    candidates = [each for each in found.sample if each.characters]
+    count = min(number, len(candidates))
+    chosen = [candidates[(2 * place + 1) * len(candidates) // (2 * count)] for place in range(count)]
+    rows = [await read(plan.database, partial(plan.rows.by_key, key=each.key)) for each in chosen]
+    return [row for row in rows if row is not None]
+
+
+async def _ask(datasette: Any, plan: Plan, found: Survey, rows: list[Row]) -> tuple[list[Tried], Estimate]:
+    from datasette_llm.facade import LLM
+
+    spec = plan.spec
+    tried: dict[int, Tried] = {}
+    group = LLM(datasette).group(
+        spec.model,
+        purpose=spec.purpose,
+        actor=spec.actor,
+        concurrency=spec.concurrency,
+        timeout=spec.timeout,
+    )
+    async with group as model:
+        spec.check_model(model, plan.schema)
+        keywords = spec.prompt_keywords(plan.schema)
+
+        async def ask(place: int, row: Row) -> None:
+            prompt = plan.template.render(row.values)
+            began = anyio.current_time()
+            response = await model.prompt(prompt, stream=False, **keywords)
+            values: dict[str, Any] = {}
+            error = None
+            try:
+                text = await response.text()
+                check_finish(response, text, allow_cut=spec.allow_cut)
+                parsed = plan.outputs.parse(text)
+                names = (output.name for output in plan.outputs.columns)
+                values = dict(zip(names, parsed, strict=True))
+            except Exception as problem:
+                error = redacted(words_of(problem))
+            seconds = anyio.current_time() - began
+            cost = cost_of(response, model.pricing)
+            used = used_tokens(response)
+            tried[place] = Tried(model.model_id, row.key, prompt, values, error, *used, cost, seconds)
+
+        async with anyio.create_task_group() as tasks:
+            for place, row in enumerate(rows):
+                tasks.start_soon(ask, place, row)
+        answers = [tried[place] for place in range(len(rows))]
+        return answers, _whole(plan, found, answers, model)
+
+
+def _whole(plan: Plan, found: Survey, answers: list[Tried], model: Any) -> Estimate:
+    """Return what all rows would take, if they are like these for their length."""
+    counted_ones = [each for each in answers if each.input_tokens]
+    if not counted_ones:
+        return replace(
+            estimate_of(found, model.model_id, model.pricing), seconds=_seconds(found, answers, model)
+        )
+    characters = sum(len(each.prompt) + found.extra for each in counted_ones)
+    tokens = sum(each.input_tokens for each in counted_ones)
+    whole = estimate_of(
+        found,
+        model.model_id,
+        model.pricing,
+        input_per_row=found.characters * tokens / characters,
+        output_per_row=sum(each.output_tokens for each in counted_ones) / len(counted_ones),
+        basis="try",
+    )
+    costs = [each.cost for each in counted_ones if each.cost is not None]
+    if model.pricing is None and len(costs) == len(counted_ones):
+        # Nobody lists a price, but the provider has told it.
+        whole = replace(whole, cost=sum(costs) / len(costs) * whole.rows)
+    return replace(whole, seconds=_seconds(found, answers, model))
+
+
+def _seconds(found: Survey, answers: list[Tried], model: Any) -> float:
+    each = sum(answer.seconds for answer in answers) / len(answers)
+    at_once: int = min(model.stats.concurrency, found.asked) or 1
+    return each * found.asked / at_once
+
+
+def in_words(trial: Trial, width: int) -> str:
+    """Return a trial for a terminal of this width."""
+    if not trial.answers:
+        return (
+            f"No row of {trial.table} ({', '.join(trial.columns)}) is waiting for a value: nothing was sent."
+        )
+    lines: list[str] = []
+    several = len(trial.estimates) > 1
+    row: tuple[Any, ...] | None = None
+    for tried in trial.answers:
+        if tried.pk != row:
+            row = tried.pk
+            shown = row[0] if len(row) == 1 else row
+            lines += ["", _cut(f"Row {shown!r}: {tried.prompt}", width)]
+        if several:
+            lines.append(f"  {tried.model}")
+        if tried.error is not None:
+            lines.append(_cut(f"  failed: {tried.error}", 3 * width))
+        for name, value in tried.values.items():
+            lines.append(_cut(f"  {name}: {value}", 3 * width))
+        lines.append(_cut(f"  {_took(tried)}", width))
+    lines.append("")
+    for whole in trial.estimates:
+        about = whole.line()
+        lines.append(f"All: {about}" + (f", {duration(whole.seconds)}" if whole.seconds is not None else ""))
+    return "\n".join(_wrap(line, width) for line in lines).lstrip("\n")
+
+
+def _took(tried: Tried) -> str:
+    cost = "no price known" if tried.cost is None else dollars(tried.cost)
+    tokens = f"{counted(tried.input_tokens, 'token')} in, {tried.output_tokens:,} out"
+    return f"[{tokens}, {cost}, {duration(tried.seconds)}]"
+
+
+def _cut(text: str, width: int) -> str:
+    text = ("  " if text.startswith("  ") else "") + " ".join(text.split())
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def _wrap(line: str, width: int) -> str:
+    return textwrap.fill(line, width, subsequent_indent="    ") if len(line) > width else line

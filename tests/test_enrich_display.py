@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 
 import pytest
 
-from datasette_llm.enrich.telling.display import Bar, Lines, Silence, line, open_display
+from datasette_llm.enrich.telling.display import Bar, Lines, Silence, line, open_display, warnings_through
 from datasette_llm.enrich.telling.report import EnrichProgress
 from datasette_llm.enrich.telling.words import duration
 
@@ -84,3 +85,25 @@ def test_quiet_shows_notes_only() -> None:
 )
 def test_durations(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown
+
+
+def test_a_warning_is_a_note_and_leaves_the_bar_whole() -> None:
+    terminal = Terminal()
+    bar = Bar(terminal)
+    bar.update(progress_of(5_000))
+    with warnings_through(bar):
+        logging.getLogger("datasette_llm").warning("rate limit reached, no prompts for %.1f seconds", 12)
+    logging.getLogger("datasette_llm").warning("not here")
+    bar.close()
+    # The line of the bar is cleared first.
+    assert "\rrate limit reached, no prompts for 12.0 seconds\n" in terminal.getvalue()
+    assert "not here" not in terminal.getvalue()
+
+
+def test_money_is_shown_where_it_is_known() -> None:
+    progress = progress_of(500)
+    progress.cost = 1.5
+    progress.waiting = "12 s for the provider"
+    assert line(progress) == (
+        "500/10,000 rows, 100.0 rows/s, 1 min 35 s left, waiting: 12 s for the provider, 15,000 tokens, $1.50"
+    )

@@ -137,11 +137,6 @@ def test_the_command_says_what_all_would_take_and_how_to_run_it(file: TableFile,
         assert (data["rows"], data["cost"]) == (100, 250.0)
 
 
-def test_several_models_are_only_tried(file: TableFile, tmp_path: Path) -> None:
-    done = command(file, tmp_path, "-m", "fake", "-m", "other")
-    assert (done.exit_code, "--try N" in done.output) == (2, True)
-
-
 def test_above_the_limit_nobody_who_could_be_asked_means_no(file: TableFile, tmp_path: Path) -> None:
     model = Counting()
     with registered(model):

@@ -170,6 +170,7 @@ async def test_a_purpose_may_have_its_own_limit(tmp_path: Any) -> None:
         (12.345, "$12.35"),
         (0, "$0.00"),
         (0.0123, "$0.0123"),
+        (0.345, "$0.3450"),
         (0.00002, "$0.000020"),
         (1e-9, "less than $0.000001"),
     ],

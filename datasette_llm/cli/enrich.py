@@ -194,8 +194,6 @@ def enrich_command(
         raise click.UsageError(
             "Say where the answers go: --column NAME, or --schema for one column per property."
         )
-    if len(models) > 1 and number is None:
-        raise click.UsageError("Several models can only be compared: add --try N, or give one.")
     check_header(database)
     spec = JobSpec(
         database="",
@@ -206,7 +204,7 @@ def enrich_command(
         reuse=not no_reuse,
         record=not no_record,
         by=_user(),
-        model=models[0] if models else None,
+        model=models[-1] if models else None,
         **asked,
     )
     make = partial(make_datasette, [database], config, internal)
@@ -273,7 +271,7 @@ def _given(ctx: click.Context) -> list[tuple[str, str | None]]:
         elif param.is_flag:
             given.append((flag, None))
         elif param.name == "models":
-            given.append((flag, value[0]))
+            given.append((flag, value[-1]))
         elif param.multiple:
             for name, setting in value:
                 given += [(flag, name), (setting, None)]

@@ -27,6 +27,7 @@ from .database import LOCKED_SECONDS, recover
 from .errors import EnrichInputError
 from .job import EnrichJob, raise_bare
 from .record.runs import list_runs
+from .telling.display import warnings_through
 from .telling.invocation import datasette_command
 from .telling.stopped import REFUSED_REASONS
 from .telling.words import counted
@@ -96,7 +97,8 @@ async def run_job(
         try:
             async with anyio.create_task_group() as tasks:
                 await tasks.start(_obey_signals, job, display)
-                report = await job.run()
+                with warnings_through(display):
+                    report = await job.run()
                 tasks.cancel_scope.cancel()
         except BaseExceptionGroup as group:
             raise_bare(group)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 # So many failures with no success between them, and a job ends that has no limit of its own: the provider
 # is down, or a plugin's budget is spent and refuses answers that have been paid for.
 FAILURES_IN_A_ROW = 100
+# A shorter cooldown is over before anybody has read of it.
+SHOWN_SECONDS = 1.0
 
 
 class Ledger:
@@ -198,6 +200,8 @@ class Ledger:
         progress.waiting = next((str(watch) for watch in self.watches if watch.trouble), None)
         if progress.waiting is None and stats.away is not None:
             progress.waiting = away_in_words(stats.away)
+        if progress.waiting is None and stats.cooldown_seconds >= SHOWN_SECONDS:
+            progress.waiting = f"{math.ceil(stats.cooldown_seconds)} s for the provider"
         progress.quota_seconds = stats.quota_seconds
 
     def count(self, report: EnrichReport) -> None:

@@ -106,6 +106,11 @@ class Cooldowns:
         """Requests a second that were found to be accepted, if that is known."""
         return self._found.bucket.rate if self._found.bucket is not None else None
 
+    def seconds(self, now: float) -> float:
+        """Return how long everybody still waits after a refusal."""
+        pause = self._pause
+        return 0.0 if pause is None or pause.ended else max(0.0, pause.until - now)
+
     def opening(self, now: float) -> float:
         """Return when the next request may be sent."""
         pause = self._pause

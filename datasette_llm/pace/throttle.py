@@ -114,6 +114,10 @@ class Slots:
         """Say that the provider cannot be reached, if so."""
         return self._throttle.away_now()
 
+    def cooldown_seconds(self) -> float:
+        """Return how long the provider's last refusal still keeps everybody waiting."""
+        return self._throttle.cooldown_seconds()
+
     def is_weather(self, sent: float, *, alone: bool) -> bool:
         """Whether a call that failed did so because the provider is, or was, away.
 
@@ -261,6 +265,10 @@ class Throttle:
             returned = True
         if returned and self.waiting:
             self.queue.dispatch(now)
+
+    def cooldown_seconds(self) -> float:
+        """Return how long a refusal still keeps everybody waiting."""
+        return self._cooldowns.seconds(self._now())
 
     def away_now(self) -> Away | None:
         """Say that the provider cannot be reached, if so."""

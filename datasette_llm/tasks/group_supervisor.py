@@ -102,6 +102,7 @@ class GroupSupervisor(Supervisor):
             concurrency=self.slots.limit,
             away=self.slots.away(),
             quota_seconds=self._quota_seconds(),
+            cooldown_seconds=self.slots.cooldown_seconds(),
             cost=counters.cost,
             unpriced=counters.unpriced,
         )

@@ -23,6 +23,7 @@ class GroupStats:
         throttled_seconds: how long prompts waited because of the provider's limits, all added up.
         input_tokens: tokens sent by the prompts that succeeded, as their models count them.
         output_tokens: tokens received, likewise.
+        cooldown_seconds: how long the provider's last refusal still keeps everybody waiting.
         cost: what they cost in dollars; ``None`` if the price of none of them is known.
         unpriced: how many of them are not in ``cost``, since their price is not known.
         elapsed: seconds since the group began, up to its end.
@@ -48,3 +49,4 @@ class GroupStats:
     quota_seconds: float | None = None
     cost: float | None = None
     unpriced: int = 0
+    cooldown_seconds: float = 0.0

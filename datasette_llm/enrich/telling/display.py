@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from tqdm import tqdm
+
+from datasette_llm.secrecy import redacted
 
 from .stopped import clock_time
 from .words import counted, dollars, duration
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from .report import EnrichProgress
 
 # With fewer columns than this the bar itself has no room beside the numbers.
@@ -32,6 +38,30 @@ class Display(Protocol):
 
     def close(self) -> None:
         """Leave the terminal as it was."""
+
+
+@contextmanager
+def warnings_through(display: Display) -> Iterator[None]:
+    """Have this package's warnings shown as notes, which leave a bar whole."""
+    handler = _Notes(display)
+    logger = logging.getLogger("datasette_llm")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Notes(logging.Handler):
+    def __init__(self, display: Display) -> None:
+        super().__init__(logging.WARNING)
+        self._display = display
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._display.note(redacted(record.getMessage()))
+        except Exception:
+            self.handleError(record)
 
 
 def open_display(*, quiet: bool, stream: TextIO | None = None) -> Display:
@@ -90,8 +120,9 @@ class Bar:
 
     def update(self, progress: EnrichProgress) -> None:
         if self._bar is None:
-            # The smallest delay: nothing is drawn before the first numbers are there.
-            self._bar = _Tqdm(file=self._stream, unit=" rows", mininterval=0, smoothing=0.1, delay=1e-9)
+            # The smallest delay: nothing is drawn before the first numbers are there. No smoothing: the time
+            # left is told from all of the run, and does not jump when a cooldown ends.
+            self._bar = _Tqdm(file=self._stream, unit=" rows", mininterval=0, smoothing=0, delay=1e-9)
         bar = self._bar
         columns = shutil.get_terminal_size().columns
         bar.ncols = columns - 1  # A line that fills the last column would wrap.

@@ -190,6 +190,8 @@ class EnrichReport:
         data = asdict(self)
         data["done"] = self.done
         data["rows_per_second"] = round(self.rows_per_second, 3)
+        if self.cost is not None:
+            data["cost"] = round(self.cost, 9)
         for name in ("elapsed", "write_seconds"):
             data[name] = round(data[name], 3)
         for failure in data["failures"]:

@@ -28,7 +28,7 @@ def duration(seconds: float) -> str:
 
 def dollars(cost: float) -> str:
     """Return an amount of money for people: $12.34, and $0.0012 where cents say nothing."""
-    if cost == 0 or cost >= 0.095:
+    if cost == 0 or cost >= 0.99995:
         return f"${cost:,.2f}"
     if cost < 0.000001:
         return "less than $0.000001"

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from datasette_llm.calls.prices import Pricing
 
     from .plan import Plan
-    from .reading.table import SQLValue
     from .spec import JobSpec
+    from .sql import SQLValue
 
 SAMPLED_ROWS = 1_000
 CHARACTERS_A_TOKEN = 4.0

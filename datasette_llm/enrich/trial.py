@@ -18,11 +18,11 @@ from datasette_llm.calls.prices import cost_of
 from datasette_llm.responses.response import used_tokens
 from datasette_llm.secrecy import redacted
 
+from .answers.whole import check_finish
 from .database import read
 from .estimate import estimate_of, survey
 from .plan import make_plan
 from .telling.words import counted, dollars, duration
-from .writing.answers import check_finish
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from .reading.selection import Row
     from .spec import JobSpec
 
+#: From fewer rows the length of answers is a guess.
+FEW_ROWS = 20
+
 
 @dataclass(frozen=True, slots=True)
 class Tried:
@@ -213,11 +216,15 @@ def in_words(trial: Trial, width: int) -> str:
             lines.append(_cut(f"  failed: {tried.error}", 3 * width))
         for name, value in tried.values.items():
             lines.append(_cut(f"  {name}: {value}", 3 * width))
-        lines.append(_cut(f"  {_took(tried)}", width))
+        lines.append(f"  {_took(tried)}")
     lines.append("")
     for whole in trial.estimates:
         about = whole.line()
         lines.append(f"All: {about}" + (f", {duration(whole.seconds)}" if whole.seconds is not None else ""))
+    if len({tried.pk for tried in trial.answers}) < FEW_ROWS:
+        lines.append(
+            "How long the answers will be is told from these few rows alone: --try 20 tells it better."
+        )
     return "\n".join(_wrap(line, width) for line in lines).lstrip("\n")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from functools import partial
 from typing import Any
 
@@ -11,6 +10,7 @@ import click
 
 from ..secrecy import keep_secret
 from .before import asking_first, show_estimate, show_trial
+from .inputs import read_prompt, read_schema_argument
 from .options import CONFIG_OPTION, INTERNAL_OPTION, Duration
 from .running import check_header, make_datasette, run_job
 
@@ -38,7 +38,8 @@ _PURPOSE = "enrichments"
 @click.option(
     "--schema",
     metavar="SCHEMA",
-    help="One column per property, typed: 'name, age int, bio: one sentence', or JSON schema.",
+    help="One column per property, typed: 'name, age int, bio: one sentence', JSON schema, a file "
+    "with one, t:NAME for that of a template of llm, or an id of llm schemas.",
 )
 @click.option("--where", metavar="SQL", help="Only rows for which this condition holds.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Ask about N rows at most.")
@@ -148,7 +149,8 @@ def enrich_command(
     """Run a prompt for every row of a table, and write the answers into a column of it.
 
     PROMPT is a Jinja template over the row: every column is a variable, and a name with spaces or
-    signs is {{ row["odd name"] }}. NULL renders as nothing. PROMPT "-" is read from standard input.
+    signs is {{ row["odd name"] }}. NULL renders as nothing. PROMPT "-" is read from standard input,
+    "@prompt.txt" from that file.
 
     \b
       datasette llm enrich data.db articles 'Summarize: {{ body }}' --column summary
@@ -195,10 +197,12 @@ def enrich_command(
             "Say where the answers go: --column NAME, or --schema for one column per property."
         )
     check_header(database)
+    if asked["schema"] is not None:
+        asked["schema"] = read_schema_argument(asked["schema"])
     spec = JobSpec(
         database="",
         table=table,
-        prompt=sys.stdin.read() if prompt == "-" else prompt,
+        prompt=read_prompt(prompt),
         options=dict(options),
         key=_resolve_key(key),
         reuse=not no_reuse,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -13,12 +14,14 @@ from datasette_llm.responses.finish import WORDS
 
 from .fakes import FakeModel, registered
 from .hooks import datasette_with
-from .protocols import PLUGIN_MARKS, Answer, ToolCall, protocol_server, skip_unless_spoken
+from .protocols import FAMILIES, PLUGIN_MARKS, Answer, Raw, ToolCall, protocol_server, skip_unless_spoken
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Callable
 
     from datasette_llm import PromptResponse
+
+    from .protocols import ProtocolServer, Request
 
 pytestmark = PLUGIN_MARKS
 
@@ -78,6 +81,13 @@ SAID: dict[str, list[tuple[Answer, str]]] = {
         (Answer(finish="model_length"), "length"),
         (Answer(finish="error"), "error"),
         (Answer(tool_calls=CALL, finish="tool_calls"), "tool_calls"),
+    ],
+    "groq": [
+        (Answer(), "stop"),
+        (Answer(finish="length"), "length"),
+        (Answer(finish="content_filter"), "content_filter"),
+        (Answer(usage=None), "stop"),
+        (Answer(finish=None), "unknown"),
     ],
     "ollama": [
         (Answer(), "stop"),
@@ -195,28 +205,29 @@ async def test_it_is_none_until_the_answer_is_complete_and_unknown_where_nobody_
         assert cancelled.finish_reason is None
 
 
-@pytest.mark.parametrize(
-    ("kept", "expected"),
-    [
-        ({}, "unknown"),
-        ({"choices": []}, "unknown"),
-        ({"choices": [None]}, "unknown"),
-        ({"choices": [{"finish_reason": 7}]}, "unknown"),
-        ({"choices": [{"finish_reason": "STOP"}]}, "stop"),
-        ({"object": "response"}, "unknown"),
-        ({"object": "response", "status": "incomplete"}, "length"),
-        ({"type": "message", "content": []}, "unknown"),
-        ({"candidates": []}, "unknown"),
-        ({"candidates": [None], "promptFeedback": None}, "unknown"),
-        ({"chunks": []}, "unknown"),
-        ({"chunks": [{}]}, "unknown"),
-        ({"done": True, "done_reason": "length"}, "length"),
-        ({"content": "text", "object": "chat.completion.chunk"}, "unknown"),
-        (["not", "an", "object"], "unknown"),
-        ("text", "unknown"),
-    ],
-)
-async def test_whatever_a_plugin_keeps_is_survived(kept: Any, expected: str) -> None:
+KEPT: list[tuple[Any, str]] = [
+    ({}, "unknown"),
+    ({"choices": []}, "unknown"),
+    ({"choices": [None]}, "unknown"),
+    ({"choices": [{"finish_reason": 7}]}, "unknown"),
+    ({"choices": [{"finish_reason": "STOP"}]}, "stop"),
+    ({"object": "response"}, "unknown"),
+    ({"object": "response", "status": "incomplete"}, "length"),
+    ({"type": "message", "content": []}, "unknown"),
+    ({"candidates": []}, "unknown"),
+    ({"candidates": [None], "promptFeedback": None}, "unknown"),
+    ({"chunks": []}, "unknown"),
+    ({"chunks": [{}]}, "unknown"),
+    ({"done": True, "done_reason": "length"}, "length"),
+    ({"content": "text", "object": "chat.completion.chunk"}, "unknown"),
+    (["not", "an", "object"], "unknown"),
+    ("text", "unknown"),
+]
+
+
+async def test_whatever_a_plugin_keeps_is_survived() -> None:
+    kept: Any = None
+
     class Keeps(FakeModel):
         async def execute(
             self, prompt: Any, stream: bool, response: Any, conversation: Any = None
@@ -224,11 +235,14 @@ async def test_whatever_a_plugin_keeps_is_survived(kept: Any, expected: str) -> 
             response.response_json = kept
             yield "text"
 
+    found = []
     with registered(Keeps()):
         model = await LLM(datasette_with()).model("fake")
-        response = await model.prompt("x", stream=False)
-        assert await response.text() == "text"
-    assert response.finish_reason == expected
+        for kept, _expected in KEPT:
+            response = await model.prompt("x", stream=False)
+            assert await response.text() == "text"
+            found.append((kept, response.finish_reason))
+    assert found == KEPT
 
 
 def test_the_documentation_has_the_words_of_each_family() -> None:
@@ -242,3 +256,30 @@ def test_the_documentation_has_the_words_of_each_family() -> None:
         if f"`{word}`" not in page and f"`{word.upper()}`" not in page
     ]
     assert missing == []
+
+
+def half(server: ProtocolServer) -> Callable[[Request], Raw]:
+    """An answer whose stream ends in the middle, cleanly and without a word."""
+
+    def script(request: Request) -> Raw:
+        whole = server.protocol.render(Answer("one two three four", pieces=4), request)
+        assert isinstance(whole.body, list)
+        said = next(number for number, part in enumerate(whole.body) if b"two" in part)
+        return replace(whole, body=whole.body[: said + 1])
+
+    return script
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_a_stream_that_ends_half_way_is_no_answer(family: str, anyio_backend: tuple[str, Any]) -> None:
+    skip_unless_spoken(family, anyio_backend)
+    with protocol_server(family) as server:
+        model = server.model()
+        server.script = half(server)
+        with registered(model):
+            settings = {"retries": {"attempts": 1, "timeout": 5}}
+            wrapped = await LLM(datasette_with(settings)).model(model.model_id)
+            response = await wrapped.prompt("x")
+            with pytest.raises(ConnectionError, match="ended before the provider said"):
+                await response.text()
+        assert response.finish_reason == "error"

@@ -15,9 +15,12 @@ from datasette_llm import LLM
 from datasette_llm.calls import tracing
 from tests.fakes import FakeModel, registered
 from tests.hooks import datasette_with, hooked
+from tests.protocols import Answer, ToolCall, protocol_server
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+
+    from opentelemetry.sdk.trace import ReadableSpan
 
 
 @pytest.fixture
@@ -101,3 +104,28 @@ async def test_an_error_is_named_and_not_quoted(spans: InMemorySpanExporter) -> 
     assert span.attributes["error.type"] == "ValueError"
     assert "sk-12345" not in span.to_json()
     assert "secret question" not in span.to_json()
+
+
+@pytest.mark.real_clock
+async def test_a_span_says_why_each_model_call_stopped(spans: InMemorySpanExporter) -> None:
+    def look_up(name: str) -> str:
+        """Look a name up."""
+        return f"{name} found"
+
+    call = Answer(tool_calls=(ToolCall("look_up", {"name": "ana"}),), finish="tool_calls")
+    with protocol_server("openai") as server:
+        model = server.model()
+        server.script = [Answer(finish="length"), call, Answer("done"), Answer(status=400)]
+        with registered(model):
+            wrapped = await LLM(datasette_with()).model(model.model_id)
+            await (await wrapped.prompt("x", stream=False)).text()
+            await wrapped.chain("x", tools=[look_up], stream=False).text()
+            await (await wrapped.prompt("x", stream=False)).wait()
+    reasons = [(span.attributes or {}).get("gen_ai.response.finish_reasons") for span in _ended(spans, 3)]
+    assert reasons == [("length",), ("tool_calls", "stop"), ("error",)]
+
+
+def _ended(spans: InMemorySpanExporter, count: int) -> Sequence[ReadableSpan]:
+    ended = spans.get_finished_spans()
+    assert len(ended) == count
+    return ended

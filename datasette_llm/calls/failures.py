@@ -336,11 +336,13 @@ def check_complete(response: llm.AsyncResponse) -> None:
         IncompleteAnswer: if so. Other models' responses are never doubted.
     """
     doubted = _says_the_end(type(response.model))
-    if doubted is None or (doubted == "streamed" and not response.stream):
+    if not (response.stream or doubted == "always"):
         return
     found = finish.said(response)
-    # Where nothing was kept: these keep something at the end of a stream, and from nothing else.
-    if found is None or found.reason is None:
+    # Where nothing was kept: these keep something at the end of a stream, and from nothing else. Whatever the
+    # model, a stream that was listened to has no reason only if it ended without saying that it was done.
+    silent = doubted is not None if found is None else found.reason is None
+    if silent and (doubted is not None or finish.was_noted(response)):
         raise IncompleteAnswer("the answer's stream ended before the provider said that it was complete")
 
 

@@ -36,7 +36,7 @@ def listen_for(response: llm.AsyncResponse | None) -> None:
 
 def listening(client: Any) -> Any:
     """Return a client of the OpenAI make that listens. Holds the client as long as it lives itself."""
-    return _Path(client, ())
+    return _Client(client, ())
 
 
 #: The calls that a listening client listens to.
@@ -62,6 +62,23 @@ class _Path:
             return value
         # The client may be a lease, which lasts as long as somebody holds it.
         return _Call(value, hear, self)
+
+
+class _Client(_Path):
+    """The client itself, as whoever checks, enters or closes it sees it."""
+
+    __slots__ = ()
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return self._part.__class__
+
+    async def __aenter__(self) -> _Client:
+        await self._part.__aenter__()
+        return self
+
+    async def __aexit__(self, *exception: Any) -> None:
+        await self._part.__aexit__(*exception)
 
 
 class _Call:
@@ -283,6 +300,12 @@ class _Stream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+    async def __aenter__(self) -> _Stream:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self._stream.close()
 
     def __aiter__(self) -> AsyncIterator[Any]:
         return self._events

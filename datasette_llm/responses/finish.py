@@ -158,6 +158,11 @@ def note(
     setattr(response, _NOTED, new if old is None else _completed(new, old))
 
 
+def was_noted(response: llm.AsyncResponse) -> bool:
+    """Say whether the end of an answer was noted as it passed."""
+    return hasattr(response, _NOTED)
+
+
 _NOTED = "_datasette_llm_said"
 
 

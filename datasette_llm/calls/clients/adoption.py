@@ -10,6 +10,7 @@ from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from ..listening import listening
 from .identity import CannotShareError, environment_of, frozen
 from .makes import make_of
 from .openai_models import PooledFactory, has_get_client, is_openai_model, makes_openai_clients
@@ -143,7 +144,8 @@ class ClientStandIn(_ClassStandIn):
                 getattr(context.model, "key", None),
                 context.observe,
             )
-            return pool.lease(identity, lambda: self._make.build(args, kwargs, context.observe))
+            lease = pool.lease(identity, lambda: self._make.build(args, kwargs, context.observe))
+            return listening(lease) if self._make.speaks_chat else lease
         except CannotShareError as error:
             keeps_its_own(context.model, f"{self._kind.__name__}: {error}")
         except Exception as error:

@@ -27,9 +27,11 @@ class Make(Protocol):
 
     Attributes:
         library: the HTTP library that its clients are built on.
+        speaks_chat: whether they have OpenAI's chat completions, as Groq's and others' do.
     """
 
     library: Any
+    speaks_chat: bool
 
     def build(self, args: tuple[Any, ...], kwargs: dict[str, Any], observe: Observe | None) -> Made:
         """Make a client with these arguments for many prompts.
@@ -106,6 +108,8 @@ def _wrapper(value: type) -> Make | None:
 class HttpMake:
     """A client of the HTTP library, used as it is."""
 
+    speaks_chat = False
+
     def __init__(self, kind: Any, library: Any) -> None:
         self._kind = kind
         self.library = library
@@ -126,6 +130,7 @@ class StainlessMake:
         self._kind = kind
         self._factory = factory
         self.library = library
+        self.speaks_chat = hasattr(kind, "chat")
 
     def build(self, args: tuple[Any, ...], kwargs: dict[str, Any], observe: Observe | None) -> Made:
         if kwargs.get("http_client") is not None:
@@ -143,6 +148,8 @@ class StainlessMake:
 
 class WrapperMake:
     """A client that makes its HTTP client itself, with what it is given for it."""
+
+    speaks_chat = False
 
     def __init__(self, kind: Any, library: Any) -> None:
         self._kind = kind

@@ -61,7 +61,8 @@ class PooledFactory:
 
     def __call__(self, key: str | None, *, async_: bool = False) -> Any:
         if not async_ or self._pool.closed:
-            return self._original(key, async_=async_)
+            client = self._original(key, async_=async_)
+            return listening(client) if async_ else client
         return listening(self.clients_for(key).lease())
 
     def clients_for(self, key: str | None) -> ClientSet:

@@ -43,6 +43,8 @@ def speakeasy_make(value: type) -> SpeakeasyMake | None:
 class SpeakeasyMake:
     """An SDK object on shared HTTP clients, without retries of its own."""
 
+    speaks_chat = False
+
     def __init__(self, kind: Any, library: Any) -> None:
         self._kind = kind
         self.library = library

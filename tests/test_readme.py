@@ -37,7 +37,7 @@ PAGES = {
 }
 
 #: How long it takes differs from run to run, and older versions of llm-echo count no tokens.
-FIGURES = re.compile(r"[\d,]+ tokens in, [\d,]+ out, [\d.,]+ s, [\d.,]+ rows/s")
+FIGURES = re.compile(r"[\d,]+ tokens in, [\d,]+ out, no price known, [\d.,]+ s, [\d.,]+ rows/s")
 SET_UP = [
     "pip install -q uv && uv run datasette llm demo",
     "pip install -q uv && uv run --isolated --group plugins pytest -n auto --cov",

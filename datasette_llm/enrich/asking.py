@@ -20,7 +20,7 @@ from datasette_llm.errors import PromptCancelled, ProviderUnreachable
 from datasette_llm.responses.response import used_tokens
 from datasette_llm.secrecy import redacted
 
-from .answers.whole import check_finish
+from .answers.whole import check_finish, of_the_answer
 from .database import read
 from .errors import DatabaseError, RowError
 from .reading.answered import find_answers
@@ -119,7 +119,7 @@ class Asking:
             self._leave(asked)
             self._stop_refused("unreachable", str(error))
         except Exception as error:
-            self._failed(asked, error, response)
+            self._failed(asked, of_the_answer(response, error), response)
         else:
             self._ledger.answer()
             self._spacing.answered(anyio.current_time() - asked.pulled)

@@ -70,14 +70,27 @@ def check_finish(response: PromptResponse, text: str, *, allow_cut: bool = False
             f"the provider's content filter stopped the answer{_quoted(text)}: {_OTHERWISE}", kind="filtered"
         )
     if reason == "refusal":
-        words = refusal_words(response) or text
-        raise AnswerError(f"the model refused to answer{_quoted(words)}: {_OTHERWISE}", kind="refused")
+        raise _refused(response, text)
     if reason == "error":
         raise AnswerError(
             f"the provider broke the answer off with an error{_quoted(text)}", kind="broken off"
         )
     if reason == "tool_calls" and not spoken(text):
         raise AnswerError("the model called a tool instead of answering", kind="called a tool")
+
+
+def of_the_answer(response: PromptResponse, error: Exception) -> Exception:
+    """Return what a failure is for its row: of a plugin that raises a refusal, the same as of all others."""
+    if response.error is not error or response.finish_reason != "refusal":
+        return error
+    refused = _refused(response, str(error))
+    refused.__cause__ = error
+    return refused
+
+
+def _refused(response: PromptResponse, text: str) -> AnswerError:
+    words = refusal_words(response) or text
+    return AnswerError(f"the model refused to answer{_quoted(words)}: {_OTHERWISE}", kind="refused")
 
 
 _OTHERWISE = "change the prompt or the row, or choose another model"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from datasette_llm.calls.failures import classify
+from datasette_llm.calls.wording import UnusableAnswer
 
 from ..errors import RowError
 
@@ -62,6 +63,9 @@ def kind_of(error: BaseException) -> str:
         return _BY_STATUS.get(failure.status, "server error" if failure.status >= 500 else "rejected")
     if any(isinstance(one, TimeoutError) or "Timeout" in type(one).__name__ for one in chain):
         return "timed out"
+    unusable = next((one for one in chain if isinstance(one, UnusableAnswer)), None)
+    if unusable is not None and failure.kind != "throttled":
+        return "server error" if failure.kind == "transient" and unusable.code is not None else "no answer"
     return _BY_FAILURE.get(failure.kind, OTHER)
 
 

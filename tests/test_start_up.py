@@ -66,6 +66,8 @@ def of_datasette() -> set[str]:
         "import datasette_llm.plugin",
         "import datasette.cli",
         "CONFIG = {}" + STARTED,
+        # However slow the machine: what is loaded once a server has been quiet is not part of its start.
+        "import datasette_llm.access.starting as s; s.QUIET_SECONDS = 3600\n"
         f"CONFIG = {{'plugins': {{'datasette-llm': {CONFIG!r}}}}}" + STARTED,
     ],
     ids=["import", "command", "start", "configured start"],

@@ -135,7 +135,7 @@ class LLM:
         plan = get_plan(self.datasette, purpose)
         chosen = await resolve_model_id(self.datasette, plan, model_id, purpose, actor)
         model = await authorize(self.datasette, plan, chosen, purpose, actor)
-        key = await KeyRing(self.datasette, actor).key_for(model, plan.key_names(chosen))
+        key, key_name = await KeyRing(self.datasette, actor).find(model, plan.key_names(chosen))
         if key is not None and (not isinstance(model, llm.AsyncKeyModel) or model.key is not None):
             # Models of the older kind read their own attribute; and llm prefers it to the key of a call.
             model.key = key if not isinstance(model, llm.AsyncKeyModel) else None
@@ -149,6 +149,7 @@ class LLM:
             actor=actor,
             settings=plan.prompt_settings(chosen),
             pricing=plan.price(chosen) or await find_pricing(model),
+            key_name=key_name,
         )
 
     async def _resolve_model_id(

@@ -141,7 +141,7 @@ class WrappedAsyncModel:
             return self._supervisor, self._supervisor.slots
         choice = self._choice
         root = root_supervisor()
-        throttle = get_throttle(choice.key, choice.model_id, choice.settings)
+        throttle = get_throttle(choice.key, choice.model_id, choice.settings, choice.key_name)
         slots = root.slots_of(
             throttle, choice.settings.concurrency, urgent=choice.settings.interactive is not False
         )

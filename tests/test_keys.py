@@ -11,7 +11,7 @@ import pytest
 from cryptography.fernet import Fernet
 from datasette_secrets import get_secrets
 
-from datasette_llm.access.keys import provider_secrets
+from datasette_llm.access.keys import KeyNames, KeyRing, provider_secrets
 from datasette_llm.backends import datasette_side
 from datasette_llm.facade import LLM
 
@@ -88,6 +88,24 @@ async def test_the_order_of_keys(monkeypatch: pytest.MonkeyPatch, llm_user_path:
     monkeypatch.setenv("DATASETTE_SECRETS_LISTED_KEY", "from the purpose's list")
     assert await key(CONFIG, purpose="q") == "from the purpose's list"
     assert await key({}, purpose="p") == "from the provider's secret"
+
+
+async def test_where_a_key_comes_from_has_a_name(
+    monkeypatch: pytest.MonkeyPatch, llm_user_path: Path
+) -> None:
+    async def name(model: str = "keyed") -> str | None:
+        return (await LLM(datasette_with(CONFIG)).model(model, purpose="p"))._choice.key_name
+
+    assert await name() is None
+    monkeypatch.setenv("MY_PROVIDER_ENV", "from the environment")
+    assert await name() == "environment variable MY_PROVIDER_ENV"
+    (llm_user_path / "keys.json").write_text(json.dumps({"my-provider": "from keys.json"}))
+    assert await name() == "llm keys.json"
+    monkeypatch.setenv("DATASETTE_SECRETS_PURPOSE_KEY", "from the purpose")
+    assert await name() == "environment variable DATASETTE_SECRETS_PURPOSE_KEY"
+    assert "from the purpose" not in repr(
+        await KeyRing(datasette_with(), None).find(Keyed("x"), ["PURPOSE_KEY"])
+    )
 
 
 async def test_a_model_is_given_as_object_id_or_alias(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,6 +278,18 @@ async def test_secrets_of_the_encrypted_database(monkeypatch: pytest.MonkeyPatch
     assert (await llm_.model("keyed", purpose="p"))._key == "from the environment"
     both = await with_stored(None, **{"MY_PROVIDER_API_KEY": "other", "MY-PROVIDER_API_KEY": "as registered"})
     assert await LLM(both).get_key_for_model("keyed") == "as registered"
+
+
+@pytest.mark.real_clock
+async def test_looking_where_a_key_comes_from_uses_no_secret() -> None:
+    datasette = await with_stored(CONFIG, PURPOSE_KEY="stored purpose")
+    names = KeyNames(datasette)
+    assert await names.source(Keyed("keyed"), ["PURPOSE_KEY"]) == "secret PURPOSE_KEY"
+    assert await names.source(Keyed("keyed")) is None
+    assert await names.source(FakeModel()) is None
+    assert await rows(datasette, "select last_used_at from datasette_secrets") == [(None,)]
+    assert await KeyNames(datasette_with(None, {"encryption-key": ENCRYPTION_KEY})).source(Keyed("x")) is None
+    assert (await LLM(datasette).model("keyed", purpose="p"))._choice.key_name == "secret PURPOSE_KEY"
 
 
 @pytest.mark.real_clock

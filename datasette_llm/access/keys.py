@@ -21,7 +21,7 @@ import logging
 import os
 import re
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import llm
 from datasette.utils import StartupError
@@ -81,6 +81,24 @@ def secret_names(datasette: Datasette) -> dict[str, str]:
     return descriptions
 
 
+class FoundKey(NamedTuple):
+    """A key, and where it comes from in words that name it without telling it: both, or neither.
+
+    Attributes:
+        key: the key; it is not to be shown.
+        source: ``secret OPENAI_API_KEY``, ``llm keys.json``, ``environment variable OPENAI_API_KEY``, ...
+    """
+
+    key: str | None
+    source: str | None
+
+    def __repr__(self) -> str:
+        return f"<FoundKey {self.source}>"
+
+
+_NO_KEY = FoundKey(None, None)
+
+
 class KeyRing:
     """Finds keys for one call of the facade; asks for each secret only once.
 
@@ -103,23 +121,27 @@ class KeyRing:
             model: an llm model object.
             configured: names of the secrets that the configuration gives this model, best first.
         """
-        key = await self._find_key(model, configured)
-        keep_secret(key)
-        return key
+        return (await self.find(model, configured)).key
 
-    async def _find_key(self, model: Any, configured: Iterable[str]) -> str | None:
+    async def find(self, model: Any, configured: Iterable[str] = ()) -> FoundKey:
+        """Return the key to call ``model`` with, and where it comes from; see `key_for`."""
+        found = await self._find(model, configured)
+        keep_secret(found.key)
+        return found
+
+    async def _find(self, model: Any, configured: Iterable[str]) -> FoundKey:
         for name in configured:
             if value := await self._secret(name):
-                return value
+                return FoundKey(value, _source_of_secret(name))
         own: str | None = getattr(model, "key", None)
         if own is not None:
-            return own
+            return FoundKey(own, "the model itself")
         needs_key: str | None = getattr(model, "needs_key", None)
         if needs_key is None:
-            return None
+            return _NO_KEY
         for name in provider_secrets(needs_key):
             if value := await self._secret(name):
-                return value
+                return FoundKey(value, _source_of_secret(name))
         return _llm_key(model, needs_key)
 
     async def can_call(self, model: Any, configured: Iterable[str] = ()) -> bool:
@@ -128,7 +150,7 @@ class KeyRing:
 
     async def _secret(self, name: str) -> str | None:
         # What get_secret() looks at first, for every name that is registered.
-        if value := os.environ.get(f"DATASETTE_SECRETS_{name}"):
+        if value := os.environ.get(_variable_of(name)):
             return value
         if name not in self._found:
             self._found[name] = await self._stored_secret(name)
@@ -144,6 +166,50 @@ class KeyRing:
             logger.warning("The secret %s could not be read: %s", name, type(error).__name__)
             return None
         return value
+
+
+class KeyNames(KeyRing):
+    """Says where keys come from, for whoever looks at that; no stored secret counts as used by it."""
+
+    __slots__ = ("_stored",)
+
+    def __init__(self, datasette: Datasette) -> None:
+        super().__init__(datasette, None)
+        self._stored: set[str] | None = None
+
+    async def source(self, model: Any, configured: Iterable[str] = ()) -> str | None:
+        """Return where the key of ``model`` comes from, in words; ``None`` if there is none."""
+        return (await self._find(model, configured)).source
+
+    async def _stored_secret(self, name: str) -> str | None:
+        if self._stored is None:
+            self._stored = await self._all_stored()
+        return "stored" if name in self._stored else None
+
+    async def _all_stored(self) -> set[str]:
+        if not _has_stored_secrets(self._datasette):
+            return set()
+        try:
+            return set(await datasette_side.call(_names_of_stored, self._datasette))
+        except Exception as error:
+            logger.warning("The stored secrets could not be listed: %s", type(error).__name__)
+            return set()
+
+
+async def _names_of_stored(datasette: Datasette) -> list[str]:
+    from datasette_secrets import get_database
+
+    found = await get_database(datasette).execute("select distinct name from datasette_secrets")
+    return [row[0] for row in found.rows]
+
+
+def _variable_of(secret: str) -> str:
+    return f"DATASETTE_SECRETS_{secret}"
+
+
+def _source_of_secret(name: str) -> str:
+    variable = _variable_of(name)
+    return f"environment variable {variable}" if os.environ.get(variable) else f"secret {name}"
 
 
 async def _read(datasette: Datasette, name: str, actor_id: str | None) -> str | None:
@@ -164,22 +230,25 @@ def _has_stored_secrets(datasette: Datasette) -> bool:
 _stored_keys: tuple[Any, dict[str, str]] | None = None
 
 
-def _llm_key(model: Any, needs_key: str) -> str | None:
+def _llm_key(model: Any, needs_key: str) -> FoundKey:
     """Return what llm itself would use, without reading ``keys.json`` again while it is the same."""
     global _stored_keys
     if type(model).get_key is not llm.AsyncModel.get_key:
         # A model plugin with its own idea of where keys come from.
         try:
-            return model.get_key() or None
+            key = model.get_key() or None
         except llm.NeedsKeyException:
-            return None
+            return _NO_KEY
+        return FoundKey(key, f"the plugin of {model.model_id}") if key else _NO_KEY
     files = llm_files.latest()
     if _stored_keys is None or _stored_keys[0] != files.keys:
         _stored_keys = (files.keys, _load_keys(files.keys_path))
     if needs_key in _stored_keys[1]:
-        return _stored_keys[1][needs_key] or None
+        key = _stored_keys[1][needs_key] or None
+        return FoundKey(key, "llm keys.json") if key else _NO_KEY
     variable = getattr(model, "key_env_var", None)
-    return (os.environ.get(variable) or None) if variable else None
+    key = (os.environ.get(variable) or None) if variable else None
+    return FoundKey(key, f"environment variable {variable}") if key else _NO_KEY
 
 
 def _load_keys(path: str) -> dict[str, str]:

@@ -29,6 +29,7 @@ class Choice:
         actor: the Datasette actor they are for.
         settings: concurrency, timeout, retries and rate limits.
         pricing: what its tokens cost, if anybody knows.
+        key_name: where the key comes from, in words.
     """
 
     model: llm.AsyncModel | llm.AsyncKeyModel
@@ -39,6 +40,7 @@ class Choice:
     actor: dict[str, Any] | None = None
     settings: PromptSettings = field(default_factory=PromptSettings)
     pricing: Pricing | None = None
+    key_name: str | None = None
 
     def __post_init__(self) -> None:
         keep_secret(self.key)

@@ -99,6 +99,11 @@ class ModelCall:
         # Seconds of attempts that never came back.
         self._lost = 0.0
 
+    @property
+    def slots(self) -> Slots:
+        """What bounds its calls."""
+        return self._slots
+
     async def run(self) -> None:
         """Call the model until there is an answer, or no point in calling it again.
 
@@ -166,6 +171,7 @@ class ModelCall:
         return classify(error).within(self._settings.retries.timeout)
 
     def _count_retry(self) -> None:
+        self._slots.hour.now().retries += 1
         self._task.count_retry()
 
     async def _attempt(self, again: Attempt | None = None) -> None:
@@ -209,7 +215,8 @@ class ModelCall:
 
     async def _call_once(self, again: Attempt | None) -> None:
         response, slots = self._response, self._slots
-        if response.attempts:
+        made = response.attempts
+        if made:
             response._restart(self._ask())
         standing = self._standing()
         if standing is not None and standing.refusal is not None:
@@ -248,6 +255,8 @@ class ModelCall:
             raise
         finally:
             slots.release(outcome, started, self)
+            if response.attempts > made:
+                slots.hour.ended(outcome.kind)
 
     async def _acquire(self, again: Attempt | None, standing: Standing | None) -> float:
         """Wait for a slot, and for a quota that is used up; return when the slot was taken."""

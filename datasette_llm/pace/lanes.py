@@ -75,8 +75,8 @@ class Lane:
     """Those who share one limit on calls in flight, and the lines of those who wait for it."""
 
     __slots__ = (
-        "_again", "_lines", "_urgent", "adaptive", "blocked_seconds", "blocked_since", "fixed", "in_use",
-        "waiting",
+        "__weakref__", "_again", "_lines", "_urgent", "adaptive", "blocked_seconds", "blocked_since", "fixed",
+        "in_use", "waiting",
     )  # fmt: skip
 
     def __init__(self, limit: int | AdaptiveLimit) -> None:

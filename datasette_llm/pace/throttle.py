@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING, NamedTuple
+from weakref import ref
 
 from anyio.lowlevel import checkpoint
 
@@ -31,6 +32,7 @@ from .outcome import Outcome
 from .pacing import fixed_buckets
 from .policy import Patience
 from .queue import Queue
+from .tally import LastHour
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -190,12 +192,27 @@ class Slots:
         """
         self._throttle.release(self, outcome, started, prompt)
 
+    @property
+    def hour(self) -> LastHour:
+        """What happened with this key and model in the last hour, whoever's calls they were."""
+        return self._throttle.hour
+
 
 class Throttle:
-    """Slots, pace and cooldown for one provider key and model on one event loop."""
+    """Slots, pace and cooldown for one provider key and model on one event loop.
 
-    def __init__(self, model_id: str, settings: PromptSettings) -> None:
+    Attributes:
+        model_id: the model.
+        key_name: where its key comes from, in words; never the key.
+        hour: what happened in the last hour.
+    """
+
+    def __init__(self, model_id: str, settings: PromptSettings, key_name: str | None = None) -> None:
         self._now = loop_clock()
+        self.model_id = model_id
+        self.key_name = key_name
+        self._known_lanes: list[ref[Lane]] = []
+        self.hour = LastHour(self._now)
         self._fixed_requests, self._fixed_tokens = fixed_buckets(settings.rate_limit, self._now())
         self._announced = AnnouncedLimits()
         self._cooldowns = Cooldowns(model_id, settings.retries.timeout, self._cut, self._refused_alone)
@@ -239,10 +256,11 @@ class Throttle:
         """
         patience = patience or self._patience
         if isinstance(concurrency, int):
-            return Slots(self, Lane(max(1, concurrency)), patience, urgent)
+            return Slots(self, self._known(Lane(max(1, concurrency))), patience, urgent)
         lane = self._adaptive_lanes.get(concurrency)
         if lane is None:
-            lane = self._adaptive_lanes[concurrency] = Lane(AdaptiveLimit(concurrency, self._now()))
+            lane = self._known(Lane(AdaptiveLimit(concurrency, self._now())))
+            self._adaptive_lanes[concurrency] = lane
         return Slots(self, lane, patience, urgent)
 
     def observe(self, status: int, headers: Mapping[str, str], age: float = 0.0) -> None:
@@ -278,6 +296,27 @@ class Throttle:
         now = self._now()
         next_try = max(0.0, outage.next_probe - now) if not self.in_use else 0.0
         return Away(trouble.address, trouble.what, now - outage.began, next_try, outage.reached)
+
+    @property
+    def lanes(self) -> list[Lane]:
+        """The lanes that somebody uses, and the adaptive ones."""
+        lanes = (known() for known in self._known_lanes)
+        return [lane for lane in lanes if lane is not None]
+
+    def _known(self, lane: Lane) -> Lane:
+        # A new list each time: another thread may be looking at the old one.
+        self._known_lanes = [*(known for known in self._known_lanes if known() is not None), ref(lane)]
+        return lane
+
+    def rates(self) -> dict[str, float]:
+        """Return how many requests a second are let through, by where that is known from."""
+        fixed = self._fixed_requests
+        known = {
+            "configured": None if fixed is None else fixed.rate,
+            "announced": self._announced.requests.rate,
+            "found": self._cooldowns.rate,
+        }
+        return {source: rate for source, rate in known.items() if rate is not None}
 
     # What follows is for Slots and the queue.
 

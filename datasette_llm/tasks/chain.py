@@ -393,7 +393,9 @@ class ChainTask(SupervisedTask):
                 await self.result._succeeded()
             await response._run_callbacks()
         response._finish(None)
-        self.supervisor.counters.count_tokens(*used_tokens(response), cost_of(response, self.choice.pricing))
+        used = (*used_tokens(response), cost_of(response, self.choice.pricing))
+        self.supervisor.counters.count_tokens(*used)
+        self._slots.hour.used(*used)
         return response
 
     async def _run_tools(

@@ -28,6 +28,7 @@ from ..backends import datasette_side, native_cancel
 from ..backends.spawning import start_soon
 from ..errors import PromptCancelled
 from ..hookspecs import plugin_manager
+from . import live
 from .supervisor import GRACE_SECONDS
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class GroupBlock:
         await self._tasks.__aenter__()
         supervisor._tasks = self._tasks
         supervisor.start_soon(self._watch)
+        live.entered(supervisor)
         return supervisor
 
     async def _watch(self) -> None:
@@ -90,6 +92,7 @@ class GroupBlock:
         try:
             absorbed = await self._end_tasks(stop)
         finally:
+            live.left(supervisor)
             supervisor.group.closed = True
             supervisor._elapsed = supervisor.now() - supervisor._began
             settling_error = await self._settle()

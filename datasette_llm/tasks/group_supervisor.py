@@ -61,7 +61,7 @@ class GroupSupervisor(Supervisor):
         self.choice = choice
         self.group: Group = Group(choice, self._stats)
         self.gate = EntryGate()
-        throttle = get_throttle(choice.key, choice.model_id, choice.settings)
+        throttle = get_throttle(choice.key, choice.model_id, choice.settings, choice.key_name)
         self.slots = throttle.slots(
             fitting(choice.settings.concurrency if concurrency is None else concurrency),
             patience=patience,

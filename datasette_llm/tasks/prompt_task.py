@@ -94,7 +94,9 @@ class PromptTask(SupervisedTask):
         return cost_of(self.response, self.choice.pricing)
 
     def count_tokens(self) -> None:
-        self.supervisor.counters.count_tokens(*self.tokens(), self.cost())
+        used = (*self.tokens(), self.cost())
+        self.supervisor.counters.count_tokens(*used)
+        self._call.slots.hour.used(*used)
 
     def finish_reasons(self, error: Exception | None) -> list[str]:
         return finish_reasons([self.response], error)

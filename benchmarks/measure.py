@@ -18,6 +18,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 import anyio
+import openai
 
 from . import in_process, page, ways
 from .launch import Server
@@ -37,6 +38,7 @@ OVER_HTTP: dict[str, Way] = {
     "prompt": ways.through_prompt,
     "plain llm": ways.through_plain_llm,
     "openai client": ways.through_openai,
+    "aiometer": ways.through_aiometer,
     "page": page.pages_during_enrichment,
     "page beside": page.pages_beside_enrichment,
 }
@@ -60,6 +62,9 @@ async def measure(work: Work) -> Result:
     else:
         texts = []
     result = Result(work.n)
+    if not work.fast:
+        # As where aiohttp is not installed.
+        openai.DefaultAioHttpClient = openai.DefaultAsyncHttpxClient
     with registered(work.url if over_http else ""):
         if over_http:
             server = Server(work.url)

@@ -10,6 +10,7 @@ import time
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import aiometer
 import anyio
 import llm
 import openai
@@ -105,21 +106,43 @@ async def through_openai(work: Work, prompts: list[str], result: Result) -> None
     async with openai.AsyncOpenAI(base_url=work.url, api_key=KEY) as client:
 
         async def one(prompt: str) -> None:
-            messages: Any = [{"role": "user", "content": prompt}]
-            if not work.stream:
-                answer = await client.chat.completions.create(model=MODEL_ID, messages=messages)
-                result.check(answer.choices[0].message.content or "", answer_text(prompt))
-                return
-            text = ""
-            async with await client.chat.completions.create(
-                model=MODEL_ID, messages=messages, stream=True, stream_options={"include_usage": True}
-            ) as chunks:
-                async for chunk in chunks:
-                    if chunk.choices:
-                        text += chunk.choices[0].delta.content or ""
-            result.check(text, answer_text(prompt))
+            result.check(await _ask(client, prompt, stream=work.stream), answer_text(prompt))
 
         await _at_most(work.concurrency or 100, one, prompts, result)
+
+
+async def through_aiometer(work: Work, prompts: list[str], result: Result) -> None:
+    """One shared openai client, its answers as they come from ``aiometer.amap()``."""
+    async with openai.AsyncOpenAI(base_url=work.url, api_key=KEY) as client:
+
+        async def one(prompt: str) -> tuple[str, str | Exception]:
+            # One that raises would end all others.
+            try:
+                return prompt, await _ask(client, prompt, stream=work.stream)
+            except Exception as error:
+                return prompt, error
+
+        async with aiometer.amap(one, prompts, max_at_once=work.concurrency or 100) as answers:
+            async for prompt, answer in answers:
+                if isinstance(answer, Exception):
+                    result.fail(answer)
+                else:
+                    result.check(answer, answer_text(prompt))
+
+
+async def _ask(client: openai.AsyncOpenAI, prompt: str, *, stream: bool) -> str:
+    messages: Any = [{"role": "user", "content": prompt}]
+    if not stream:
+        answer = await client.chat.completions.create(model=MODEL_ID, messages=messages)
+        return answer.choices[0].message.content or ""
+    text = ""
+    async with await client.chat.completions.create(
+        model=MODEL_ID, messages=messages, stream=True, stream_options={"include_usage": True}
+    ) as chunks:
+        async for chunk in chunks:
+            if chunk.choices:
+                text += chunk.choices[0].delta.content or ""
+    return text
 
 
 async def _at_most(

@@ -19,6 +19,7 @@ class Work:
         readers: how many tasks read each stream at the same time.
         server: settings of the provider.
         config: this package's configuration, besides the model.
+        fast: whether this package may use aiohttp, if that is installed.
         backend: ``asyncio`` or ``trio``; filled in by the harness, as is the next.
         url: the provider's address.
     """
@@ -30,6 +31,7 @@ class Work:
     readers: int = 1
     server: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    fast: bool = True
     backend: str = "asyncio"
     url: str = ""
 

@@ -7,6 +7,8 @@ import gc
 import io
 import re
 import shlex
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,6 +27,7 @@ from datasette_llm.cli import llm_group
 from datasette_llm.pace.policy import PromptSettings
 
 from .enrich_tables import close_datasette
+from .patience import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,7 +67,10 @@ def _blocks(page: str) -> Iterator[Block]:
 
 
 BLOCKS = [block for page in PAGES for block in _blocks(page)]
-PROGRAMS = [block for block in BLOCKS if block.language == "python"]
+PYTHON = [block for block in BLOCKS if block.language == "python"]
+#: What changes the whole process is run in one of its own.
+SET_UPS = [block for block in PYTHON if "set_tracer_provider" in block.code]
+PROGRAMS = [block for block in PYTHON if block not in SET_UPS]
 CONFIGURATIONS = [block for block in BLOCKS if block.language == "yaml"]
 COMMANDS = [block for block in BLOCKS if block.language == "bash"]
 
@@ -109,6 +115,35 @@ def _run(block: Block, code: str) -> str:
     with contextlib.redirect_stdout(printed):
         exec(program, {"__name__": "__main__"})
     return printed.getvalue().strip()
+
+
+#: A prompt in a Datasette that has loaded the plugin before.
+PROMPT = """
+import asyncio
+from datasette.app import Datasette
+from datasette_llm import LLM
+
+async def main():
+    datasette = Datasette(memory=True, plugins_dir="plugins")
+    await datasette.invoke_startup()
+    model = await LLM(datasette).model("echo", purpose="testing")
+    await (await model.prompt("a secret question")).text()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("block", SET_UPS, ids=_id)
+def test_a_set_up_for_telemetry_collects_spans_and_metrics(block: Block, directory: Path) -> None:
+    (directory / "plugins").mkdir()
+    (directory / "plugins" / "telemetry.py").write_text(block.code)
+    printed = subprocess.run(
+        [sys.executable, "-c", PROMPT], capture_output=True, text=True, check=True, timeout=PATIENCE_SECONDS
+    ).stdout
+    for told in ('"chat echo"', "gen_ai.client.operation.duration", "datasette_llm.lane.limit"):
+        assert told in printed
+    assert "secret question" not in printed
 
 
 @pytest.mark.parametrize("block", CONFIGURATIONS, ids=_id)

@@ -41,21 +41,77 @@ async def test_a_prompt_is_a_span_with_its_model_purpose_and_tokens(spans: InMem
         async with LLM(datasette_with()).group("fake") as group:
             async for _, _response in group.map(["four"]):
                 pass
-        await group_chain()
     ended = spans.get_finished_spans()
-    assert [span.name for span in ended] == ["chat fake", "chat fake", "chain fake"]
+    assert [span.name for span in ended] == ["chat fake", "chat fake"]
     assert dict(ended[0].attributes or {}) == {
         "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": "tests",
         "gen_ai.request.model": "fake",
+        "gen_ai.request.stream": True,
         "datasette_llm.purpose": "testing",
+        "gen_ai.response.time_to_first_chunk": 0.0,
         "gen_ai.usage.input_tokens": 3,
         "gen_ai.usage.output_tokens": 1,
     }
+    assert ended[0].kind is trace.SpanKind.CLIENT
+    # map() asks for unstreamed answers.
+    assert "gen_ai.request.stream" not in (ended[1].attributes or {})
 
 
-async def group_chain() -> None:
-    async with LLM(datasette_with()).group("fake") as model:
-        await model.chain("five").text()
+@pytest.mark.real_clock
+async def test_a_chain_is_an_agent_with_its_turns_and_tools_inside(spans: InMemorySpanExporter) -> None:
+    def look_up(name: str) -> str:
+        """Look a name up."""
+        raise LookupError(f"nobody is called {name}")
+
+    call = Answer(tool_calls=(ToolCall("look_up", {"name": "ana"}),), finish="tool_calls")
+    with protocol_server("openai") as server:
+        model = server.model()
+        server.script = [call, Answer("done")]
+        with registered(model):
+            wrapped = await LLM(datasette_with()).model(model.model_id)
+            await wrapped.chain("x", tools=[look_up], stream=False).text()
+    first, tool, second, agent = _ended(spans, 4)
+    assert agent.name == "invoke_agent"
+    assert agent.kind is trace.SpanKind.INTERNAL
+    assert tool.name == "execute_tool look_up"
+    tool_attributes = dict(tool.attributes or {})
+    assert tool_attributes.pop("gen_ai.tool.call.id")
+    assert tool_attributes == {
+        "gen_ai.operation.name": "execute_tool",
+        "gen_ai.tool.name": "look_up",
+        "gen_ai.tool.type": "function",
+        "error.type": "LookupError",
+    }
+    assert agent.context is not None
+    assert {span.parent and span.parent.span_id for span in (first, tool, second)} == {agent.context.span_id}
+    for kind in ("input", "output"):
+        used = [(span.attributes or {})[f"gen_ai.usage.{kind}_tokens"] for span in (first, second, agent)]
+        assert used[0] + used[1] == used[2]  # type: ignore[operator]
+    assert "ana" not in "".join(span.to_json() for span in (first, tool, second, agent))
+
+
+@pytest.mark.real_clock
+async def test_a_span_says_what_was_asked_of_whom_and_who_answered(spans: InMemorySpanExporter) -> None:
+    with protocol_server("openai") as server:
+        model = server.model()
+        settings = {"prices": {model.model_id: {"input": 1_000_000, "output": 0}}}
+        with registered(model):
+            wrapped = await LLM(datasette_with(settings)).model(model.model_id)
+            conversation = wrapped.conversation()
+            response = await conversation.prompt("x", stream=False, temperature=0.5, max_tokens=50)
+            await response.text()
+    (span,) = _ended(spans, 1)
+    attributes = dict(span.attributes or {})
+    assert attributes["gen_ai.provider.name"] == "openai"
+    assert attributes["gen_ai.request.temperature"] == 0.5
+    assert attributes["gen_ai.request.max_tokens"] == 50
+    assert attributes["gen_ai.conversation.id"] == conversation.id
+    assert attributes["server.address"] == "127.0.0.1"
+    assert isinstance(attributes["server.port"], int)
+    assert attributes["gen_ai.response.model"]
+    assert attributes["gen_ai.response.id"]
+    assert attributes["datasette_llm.cost"] == attributes["gen_ai.usage.input_tokens"]
 
 
 async def test_a_wrappers_span_is_a_child_and_holds_during_the_model_call(
@@ -121,8 +177,9 @@ async def test_a_span_says_why_each_model_call_stopped(spans: InMemorySpanExport
             await (await wrapped.prompt("x", stream=False)).text()
             await wrapped.chain("x", tools=[look_up], stream=False).text()
             await (await wrapped.prompt("x", stream=False)).wait()
-    reasons = [(span.attributes or {}).get("gen_ai.response.finish_reasons") for span in _ended(spans, 3)]
-    assert reasons == [("length",), ("tool_calls", "stop"), ("error",)]
+    ended = [span for span in _ended(spans, 6) if not span.name.startswith("execute_tool")]
+    reasons = [(span.attributes or {}).get("gen_ai.response.finish_reasons") for span in ended]
+    assert reasons == [("length",), ("tool_calls",), ("stop",), ("tool_calls", "stop"), ("error",)]
 
 
 def _ended(spans: InMemorySpanExporter, count: int) -> Sequence[ReadableSpan]:

@@ -19,8 +19,10 @@ from ..backends.datasette_side import backend
 from ..pace.outcome import Outcome
 from .http_answers import HttpAnswers, watch
 from .listening import listen_for
+from .metrics import record_call
 from .prices import told_in_headers
 from .retry import check_complete, classify, retrying
+from .semantics import error_type
 from .trouble import trouble_of
 from .wording import in_words
 
@@ -55,6 +57,9 @@ class Caller(Protocol):
 
     @property
     def choice(self) -> Choice: ...
+
+    @property
+    def measured(self) -> bool: ...
 
     def standing(self, key: str | None) -> Standing | None: ...
 
@@ -225,6 +230,7 @@ class ModelCall:
             raise _everybodys(standing.refusal)
         started = await self._acquire(again, standing)
         outcome = _CANCELLED
+        error_name: str | None = "PromptCancelled"
         self._sent_at = started
         if self._started is None:
             self._started = started
@@ -238,9 +244,11 @@ class ModelCall:
             else:
                 await self._drive_in_time(self._settings.timeout)
             outcome = self._answered() if slots.paced else _OK
+            error_name = None
             if standing is not None:
                 standing.answered()
         except Exception as error:
+            error_name = error_type(error)
             failure = self._classify(error)
             if failure.kind == "hopeless" and standing is not None:
                 standing.refused(error, failure)
@@ -257,6 +265,10 @@ class ModelCall:
             slots.release(outcome, started, self)
             if response.attempts > made:
                 slots.hour.ended(outcome.kind)
+                if self._task.measured:
+                    # Two that start together are told apart by a moment: it may be in the future.
+                    seconds = max(0.0, slots.now() - started)
+                    record_call(self._task.choice, seconds, response._first_chunk_seconds, error_name)
 
     async def _acquire(self, again: Attempt | None, standing: Standing | None) -> float:
         """Wait for a slot, and for a quota that is used up; return when the slot was taken."""
@@ -325,9 +337,12 @@ class ModelCall:
             if observed.stream:
                 events = observed.astream_events()
                 publish = self._response._publish
+                self._response._first_chunk_seconds = None
                 async for event in events:
                     if not isinstance(event.chunk, str):
                         raise _wrong_chunk(observed, event.chunk)
+                    if self._response._first_chunk_seconds is None:
+                        self._response._first_chunk_seconds = max(0.0, self._slots.now() - self._sent_at)
                     publish(event)
                     if heard is not None:
                         heard()

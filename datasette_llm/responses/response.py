@@ -59,6 +59,8 @@ class PromptResponse(llm.AsyncResponse):
 
     attempts: int = 0
     told_cost: float | None = None
+    #: How long the first chunk took from the request, in seconds, where the answer was streamed.
+    _first_chunk_seconds: float | None = None
 
     # How nearly every response begins, and most end: in the class, since a million of them may be made.
     _finished = False

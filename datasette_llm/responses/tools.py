@@ -8,6 +8,7 @@ child task of the caller, and llm still does everything else (hooks, errors as r
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from dataclasses import replace
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,18 @@ from llm.parts import AttachmentPart, Message, ToolCallPart, ToolResultPart
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
+
+    #: Opens a context around a tool call; what it yields is told the error that the call ends with.
+    Around = Callable[[llm.ToolCall], AbstractContextManager[Callable[[BaseException | None], None]]]
 
 #: What ends the program, not one prompt.
 PROGRAM_STOPS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+
+
+def unobserved(call: llm.ToolCall) -> AbstractContextManager[Callable[[BaseException | None], None]]:
+    """Stand for the context around a tool call that nobody observes."""
+    return nullcontext(lambda error: None)
 
 
 async def execute_tool_calls(
@@ -30,11 +40,20 @@ async def execute_tool_calls(
     before_call: Any = None,
     after_call: Any = None,
     tools: list[Any] | None = None,
+    around: Around = unobserved,
 ) -> list[llm.ToolResult]:
     """Run tool calls: async tools at the same time, sync tools in their place in the order.
 
     A tool's exception becomes its result. A sync tool that pauses, or a hook that fails, keeps the calls
     behind it from starting; those already running are waited for. Cancelling the caller cancels them.
+
+    Args:
+        response: the one that asked for them.
+        calls: what it asked for.
+        before_call: llm's hook of this name.
+        after_call: llm's hook of this name.
+        tools: the tools that may be called, if not those of the response's prompt.
+        around: opens a context around each call, and is told the error that it ends with.
 
     Returns:
         the results, in the order of the calls.
@@ -64,15 +83,19 @@ async def execute_tool_calls(
     problems: dict[int, Exception] = {}
 
     async def run(index: int, call: llm.ToolCall) -> None:
-        try:
-            results[index] = (await execute(tool_calls_list=[call]))[0]
-        except Exception as problem:
-            problems[index] = problem
-        except BaseException as stop:
-            if isinstance(stop, (*PROGRAM_STOPS, anyio.get_cancelled_exc_class())):
-                raise
-            problems[index] = RuntimeError(f"the tool {call.name} raised {type(stop).__name__}: {stop}")
-            problems[index].__cause__ = stop
+        with around(call) as ended_with:
+            try:
+                results[index] = (await execute(tool_calls_list=[call]))[0]
+                ended_with(results[index].exception)
+            except Exception as problem:
+                problems[index] = problem
+                ended_with(None if isinstance(problem, llm.PauseChain) else problem)
+            except BaseException as stop:
+                if isinstance(stop, (*PROGRAM_STOPS, anyio.get_cancelled_exc_class())):
+                    raise
+                problems[index] = RuntimeError(f"the tool {call.name} raised {type(stop).__name__}: {stop}")
+                problems[index].__cause__ = stop
+                ended_with(stop)
 
     async with anyio.create_task_group() as tasks:
         for index, call in enumerate(calls):

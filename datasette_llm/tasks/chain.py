@@ -24,11 +24,13 @@ from llm.parts import StreamEvent
 
 from ..backends.loops import LoopDoor
 from ..backends.signal import Signal
+from ..calls.metrics import record_usage
 from ..calls.model_call import ModelCall
 from ..calls.prices import cost_of
+from ..calls.tracing import no_span, tool_span, turn_span
 from ..errors import PromptCancelled
 from ..responses.response import PromptResponse, finish_reasons, used_tokens
-from ..responses.tools import attachments_of, execute_tool_calls, pending_tool_calls, tool_message
+from ..responses.tools import attachments_of, execute_tool_calls, pending_tool_calls, tool_message, unobserved
 from .task import SupervisedTask
 
 if TYPE_CHECKING:
@@ -381,8 +383,10 @@ class ChainTask(SupervisedTask):
         self._chain._responses.append(response)
         self._chain._tell_readers()
         response._enter_context()
+        call = ModelCall(self, response, ask, self._slots, self.choice.settings)
         try:
-            await self.interruptible(ModelCall(self, response, ask, self._slots, self.choice.settings).run)
+            with turn_span(self.choice, response) if self.supervisor.traced else no_span:
+                await self.interruptible(call.run)
         except Exception as error:
             response._answer(error)
             raise
@@ -393,9 +397,12 @@ class ChainTask(SupervisedTask):
                 await self.result._succeeded()
             await response._run_callbacks()
         response._finish(None)
-        used = (*used_tokens(response), cost_of(response, self.choice.pricing))
+        cost = cost_of(response, self.choice.pricing)
+        used = (*used_tokens(response), cost)
         self.supervisor.counters.count_tokens(*used)
         self._slots.hour.used(*used)
+        if self.measured:
+            record_usage(self.choice, response._observed, cost)
         return response
 
     async def _run_tools(
@@ -408,7 +415,11 @@ class ChainTask(SupervisedTask):
 
         async def run() -> list[llm.ToolResult]:
             return await execute_tool_calls(
-                observed, list(calls), before_call=plan.before_call, after_call=plan.after_call
+                observed,
+                list(calls),
+                before_call=plan.before_call,
+                after_call=plan.after_call,
+                around=tool_span if self.supervisor.traced else unobserved,
             )
 
         return await self.interruptible(run)
@@ -418,9 +429,8 @@ class ChainTask(SupervisedTask):
         known = [cost for cost in costs if cost is not None]
         return sum(known) if known else None
 
-    def tokens(self) -> tuple[int, int]:
-        used = [used_tokens(response) for response in self._chain._responses]
-        return sum(sent for sent, _ in used), sum(received for _, received in used)
+    def responses(self) -> list[PromptResponse]:
+        return self._chain._responses
 
     def finish_reasons(self, error: Exception | None) -> list[str]:
         return finish_reasons(self._chain._responses, error)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from ..calls.metrics import is_measured
 from ..calls.standing import Standing
 from ..calls.tracing import is_traced
 from ..errors import GroupClosed, PromptCancelled
@@ -76,12 +77,17 @@ class GroupSupervisor(Supervisor):
         self._errors: list[Exception] = []
         self._maps: dict[Stoppable, None] = {}
         self._traced = is_traced()
+        self._measured = is_measured()
         self._wait_for_quota = wait_for_quota
         self._standings: dict[str | None, Standing] = {}
 
     @property
     def traced(self) -> bool:
         return self._traced  # Asked once, not for each of a hundred thousand prompts.
+
+    @property
+    def measured(self) -> bool:
+        return self._measured
 
     def _stats(self) -> GroupStats:
         counters = self.counters

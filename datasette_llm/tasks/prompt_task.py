@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from anyio import get_cancelled_exc_class
 
+from ..calls.metrics import record_usage
 from ..calls.model_call import ModelCall
 from ..calls.prices import cost_of
 from ..errors import PromptCancelled
@@ -87,16 +88,19 @@ class PromptTask(SupervisedTask):
         if self._started is not None:
             self._started.set()
 
-    def tokens(self) -> tuple[int, int]:
-        return used_tokens(self.response)
+    def responses(self) -> list[PromptResponse]:
+        return [self.response]
 
     def cost(self) -> float | None:
         return cost_of(self.response, self.choice.pricing)
 
     def count_tokens(self) -> None:
-        used = (*self.tokens(), self.cost())
+        cost = self.cost()
+        used = (*used_tokens(self.response), cost)
         self.supervisor.counters.count_tokens(*used)
         self._call.slots.hour.used(*used)
+        if self.measured:
+            record_usage(self.choice, self.response._observed, cost)
 
     def finish_reasons(self, error: Exception | None) -> list[str]:
         return finish_reasons([self.response], error)

@@ -13,6 +13,7 @@ from ..backends.datasette_side import backend
 from ..backends.loops import LoopDoor, loop_clock
 from ..backends.spawning import start_soon
 from ..calls.clients.pool import ClientPool
+from ..calls.metrics import is_measured
 from ..calls.tracing import is_traced
 
 if TYPE_CHECKING:
@@ -98,6 +99,11 @@ class Supervisor:
     def traced(self) -> bool:
         """Whether its prompts run in spans."""
         return is_traced()
+
+    @property
+    def measured(self) -> bool:
+        """Whether its prompts are measured."""
+        return is_measured()
 
     def start(self, task: Child) -> None:
         """Run a task as a child of this supervisor, in the caller's context. Returns at once."""

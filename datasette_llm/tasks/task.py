@@ -30,19 +30,20 @@ from anyio.lowlevel import cancel_shielded_checkpoint
 
 from .._compat import BaseExceptionGroup
 from ..backends import native_cancel
-from ..calls.tracing import describe_end, no_span, prompt_span
+from ..calls.tracing import chain_span, describe_end, no_span, prompt_span
 from ..errors import PromptCancelled
 from .hook_scope import PromptResult, entered, find_wrappers, hooks_wrap_prompts
 from .interruption import comes_of_cancellation, ends_program, misplaced, without_echo
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from opentelemetry.trace import Span
 
     from ..calls.choice import Choice
     from ..calls.standing import Standing
+    from ..responses.response import PromptResponse
     from .conversation import Turn
     from .hook_scope import Wrapper
     from .supervisor import Supervisor
@@ -105,8 +106,8 @@ class SupervisedTask:
     async def after(self) -> None:
         """Do what comes once the wrappers are left, callbacks of the caller for one."""
 
-    def tokens(self) -> tuple[int, int]:
-        """How many tokens it sent and received, as far as its model says."""
+    def responses(self) -> Sequence[PromptResponse]:
+        """The responses it has got so far."""
         raise NotImplementedError
 
     def finish_reasons(self, error: Exception | None) -> list[str]:
@@ -189,7 +190,7 @@ class SupervisedTask:
         """The span that this task runs in, if anybody collects spans."""
         if not self.supervisor.traced:
             return no_span
-        return prompt_span(self.choice, "chain" if self.is_chain else "chat")
+        return chain_span(self.choice) if self.is_chain else prompt_span(self.choice)
 
     def never_ran(self) -> None:
         """End, because nobody runs it: its supervisor has ended, or the event loop before its first turn."""
@@ -396,7 +397,7 @@ class SupervisedTask:
     def _close_span(self, error: Exception | None) -> None:
         span, self._span = self._span, None
         if span is not None:
-            describe_end(span, error, *self.tokens(), self.finish_reasons(error), self.cost())
+            describe_end(span, error, self.responses(), self.finish_reasons(error), self.cost())
 
     def _close_turn(self, error: Exception | None) -> None:
         if self._turn is None:
@@ -417,6 +418,11 @@ class SupervisedTask:
         else:
             counters.failed += 1
             self.supervisor.prompt_failed(error)
+
+    @property
+    def measured(self) -> bool:
+        """Whether anybody collects metrics of its model calls."""
+        return self.supervisor.measured
 
     # Which of the two kinds of unfinished it is, for the statistics
 

@@ -1,4 +1,7 @@
-"""What Datasette calls: hook implementations that hand over to the modules that do the work."""
+"""What Datasette calls: hook implementations that hand over to the modules that do the work.
+
+Datasette looks for ``templates/`` and ``static/`` in the package that its entry point names: they are here.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from pluggy import HookimplMarker
 
-from .access.purposes import ENRICHMENTS
-from .hookspecs import Purpose, plugin_manager
+from ..access.purposes import ENRICHMENTS
+from ..hookspecs import Purpose, plugin_manager
 
 if TYPE_CHECKING:
     import click
@@ -25,7 +28,7 @@ def startup(datasette: Datasette) -> None:
     """Stop on a wrong configuration; what is less urgent is done when the server is up."""
     if datasette.plugin_config(PLUGIN_NAME) is None:
         return
-    from .access.starting import check_now, prepare, warn
+    from ..access.starting import check_now, prepare, warn
 
     check_now(datasette)
     if hasattr(datasette, "add_background_task"):  # Datasette 1.0a40 and later
@@ -37,11 +40,11 @@ def startup(datasette: Datasette) -> None:
 @hookimpl(optionalhook=True)  # Datasette 1.0a40 and later
 def shutdown(datasette: Datasette) -> Any:
     """Let the prompts that are still running settle, and close the connections."""
-    from .tasks.root import drain
+    from ..tasks.root import drain
 
     async def end_all() -> None:
         if "datasette_llm.pages.enrichments.runs" in sys.modules:
-            from .pages.enrichments.runs import end_runs
+            from ..pages.enrichments.runs import end_runs
 
             await end_runs(datasette)
         await drain()
@@ -54,7 +57,7 @@ def register_secrets(datasette: Datasette) -> list[Any]:
     """Offer a secret for each provider of the installed models, and for each key the configuration names."""
     from datasette_secrets import Secret
 
-    from .access.keys import secret_names
+    from ..access.keys import secret_names
 
     return [Secret(name, description) for name, description in secret_names(datasette).items()]
 
@@ -62,7 +65,7 @@ def register_secrets(datasette: Datasette) -> list[Any]:
 @hookimpl
 def register_commands(cli: click.Group) -> None:
     """Add ``datasette llm``."""
-    from .cli import register
+    from ..cli import register
 
     register(cli)
 
@@ -70,7 +73,7 @@ def register_commands(cli: click.Group) -> None:
 @hookimpl(trylast=True)
 def register_llm_purposes(datasette: Datasette) -> list[Purpose]:
     """Name what our own prompts are for, where a server runs any: in datasette-enrichments' pages."""
-    from .pages.enrichments import is_possible
+    from ..pages.enrichments import is_possible
 
     return [ENRICHMENTS] if is_possible() else []
 
@@ -80,7 +83,7 @@ def permission_resources_sql(datasette: Datasette, actor: dict[str, Any] | None,
     """Keep tables that quote from others from those who may not see the others."""
     if action != "view-table":
         return None
-    from .pages.own_tables import hidden_tables
+    from ..pages.own_tables import hidden_tables
 
     return hidden_tables(datasette, actor)
 
@@ -88,11 +91,11 @@ def permission_resources_sql(datasette: Datasette, actor: dict[str, Any] | None,
 @hookimpl(optionalhook=True)  # A hook of datasette-enrichments.
 def register_enrichments(datasette: Datasette) -> list[Any]:
     """Offer bulk enrichment in the table's own page."""
-    from .pages.enrichments.versions import outdated
+    from ..pages.enrichments.versions import outdated
 
     if outdated():
         return []
-    from .pages.enrichments.routes import enrichments
+    from ..pages.enrichments.routes import enrichments
 
     return enrichments()
 
@@ -100,14 +103,14 @@ def register_enrichments(datasette: Datasette) -> list[Any]:
 @hookimpl(tryfirst=True)
 def register_routes(datasette: Datasette) -> list[Any]:
     """Check permissions in front of datasette-enrichments' pages, if there are any."""
-    from .pages.enrichments import is_possible
+    from ..pages.enrichments import is_possible
 
     if not is_possible():
         return []
-    from .pages.enrichments import versions
+    from ..pages.enrichments import versions
 
     if problem := versions.outdated():
         return versions.routes(problem)
-    from .pages.enrichments.routes import routes
+    from ..pages.enrichments.routes import routes
 
     return routes()

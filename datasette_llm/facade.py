@@ -11,7 +11,7 @@ from .access.keys import KeyRing
 from .access.permissions import Plan, authorize, filter_by_hooks, get_plan, resolve_model_id
 from .calls.choice import Choice
 from .calls.loading import import_model_plugins, load_in_thread
-from .calls.prices import find_pricing
+from .calls.prices import find_pricing, in_batches
 from .models import WrappedAsyncModel, open_group
 from .pace.policy import Patience
 
@@ -106,6 +106,23 @@ class LLM:
             wait_for_quota=wait_for_quota,
             patience=outage_timeout,
         )
+
+    def _offline_group(
+        self,
+        model_id: str | None = None,
+        purpose: str | None = None,
+        actor: dict[str, Any] | None = None,
+        *,
+        concurrency: int = 4,
+    ) -> AbstractAsyncContextManager[GroupModel]:
+        """Return a context manager like that of `group`, of a group whose prompts are answered in batches."""
+        from .calls.batches.offline import Offline
+
+        async def choose() -> Choice:
+            choice = await self._choose(model_id, purpose, actor)
+            return replace(choice, batch=True, pricing=in_batches(choice.pricing))
+
+        return open_group(self.datasette, choose=choose, concurrency=concurrency, offline=Offline())
 
     async def get_key_for_model(
         self, model: Any, actor: dict[str, Any] | None = None, purpose: str | None = None

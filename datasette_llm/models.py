@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     import llm
 
+    from .calls.batches.offline import Offline
     from .calls.choice import Choice
     from .calls.clients.pool import ClientPool
     from .calls.prices import Pricing
@@ -355,6 +356,7 @@ async def open_group(
     on_error: Literal["collect", "cancel"] = "collect",
     wait_for_quota: float = 0.0,
     patience: Patience | None = None,
+    offline: Offline | None = None,
 ) -> AsyncIterator[GroupModel]:
     """Open a group of prompts, as ``LLM.group()`` describes it.
 
@@ -365,6 +367,7 @@ async def open_group(
         on_error: ``"cancel"`` has the first failed prompt cancel the others and leave the block.
         wait_for_quota: seconds that a quota which is used up may take to come back.
         patience: how prompts wait for a provider that cannot be reached; as for retries by default.
+        offline: its prompts reach nobody: their requests are recorded, their answers replayed.
     """
     if concurrency is not None and (isinstance(concurrency, bool) or not isinstance(concurrency, int)):
         raise TypeError(f"concurrency must be a positive int, not {type(concurrency).__name__}")
@@ -380,6 +383,7 @@ async def open_group(
         on_error=on_error,
         wait_for_quota=wait_for_quota,
         patience=patience,
+        offline=offline,
     )
     async with GroupBlock(supervisor):
         yield GroupModel(datasette, choice, supervisor)

@@ -14,7 +14,7 @@ import anyio.to_thread
 import pytest
 
 from datasette_llm import LLM
-from datasette_llm.calls.clients import makes, openai_models
+from datasette_llm.calls.clients import transport
 from datasette_llm.calls.clients.pool import ClientPool
 from datasette_llm.tasks.root import drain
 
@@ -249,8 +249,7 @@ async def test_with_aiohttp_and_without_it_the_same_is_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if not installed:
-        for module in (makes, openai_models):
-            monkeypatch.setattr(module, "leanest", lambda package, factory, library: factory)
+        monkeypatch.setattr(transport, "leanest", lambda package, factory, library: factory)
     with protocol_server(family) as server:
         adopted = Adopted(server)
         server.script = [Answer(), Answer(headers=USUAL_LIMITS), Answer(status=503, message="not now")]
@@ -262,8 +261,8 @@ async def test_with_aiohttp_and_without_it_the_same_is_kept(
         assert adopted.seen[1][1]["x-ratelimit-limit-requests"] == "600"
         assert (len(server.requests), server.connections, server.hidden_retries) == (3, 1, 0)
         (clients,) = adopted.pool._sets.values()
-        transport = type(clients.clients[0].client._client._transport).__name__
-        assert ("Aiohttp" in transport) == (installed and anyio_backend[0] == "asyncio")
+        used = type(clients.clients[0].client._client._transport).__name__
+        assert ("Aiohttp" in used) == (installed and anyio_backend[0] == "asyncio")
         server.script = Answer("word " * 50, delay=0.0 if stream else 30.0, pieces=50, gap=1.0)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(lambda: adopted.ask(stream=stream))

@@ -126,7 +126,7 @@ class Plan:
         """Return the configured price of a model."""
         for name, price in (self.settings.prices or {}).items():
             if price is not None and self._id(name) == model_id:
-                return Price(price.input, price.output, price.cached_input)
+                return Price(price.input, price.output, price.cached_input, price.batch)
         return None
 
 

@@ -154,11 +154,12 @@ class RateLimits(Section):
 
 
 class ModelPrice(Section):
-    """Dollars per million tokens of a model."""
+    """Dollars per million tokens of a model; ``batch`` is the part of that which answers in batches cost."""
 
     input: Dollars
     output: Dollars
     cached_input: Dollars | None = None
+    batch: Dollars | None = None
 
 
 NUMBER, BOUNDS = "(number)", "(bounds)"

@@ -29,6 +29,7 @@ class Choice:
         actor: the Datasette actor they are for.
         settings: concurrency, timeout, retries and rate limits.
         pricing: what its tokens cost, if anybody knows.
+        batch: its prompts are answered in batches.
         key_name: where the key comes from, in words.
     """
 
@@ -40,6 +41,7 @@ class Choice:
     actor: dict[str, Any] | None = None
     settings: PromptSettings = field(default_factory=PromptSettings)
     pricing: Pricing | None = None
+    batch: bool = False
     key_name: str | None = None
 
     def __post_init__(self) -> None:

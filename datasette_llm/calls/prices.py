@@ -55,11 +55,13 @@ class Price:
 
     Attributes:
         cached_input: of input that is read from the cache; as ``input`` if it is ``None``.
+        batch: the part of these that is to be paid for answers in batches; half if it is ``None``.
     """
 
     input: float
     output: float
     cached_input: float | None = None
+    batch: float | None = None
 
     def cost(self, usage: Usage) -> float:
         cached = self.input if self.cached_input is None else self.cached_input
@@ -88,6 +90,30 @@ class _Listed:
         except (LookupError, ValueError):
             return None
         return float(found.total_price)
+
+
+#: What providers take for answers in batches, as a part of the price.
+BATCH_SHARE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class _OfBatches:
+    """A price for answers that come in batches."""
+
+    usual: Pricing
+    share: float
+
+    def cost(self, usage: Usage) -> float | None:
+        cost = self.usual.cost(usage)
+        return None if cost is None else cost * self.share
+
+
+def in_batches(pricing: Pricing | None) -> Pricing | None:
+    """Return what answers cost that come in batches: as it is configured, else half of the price."""
+    if pricing is None:
+        return None
+    share = getattr(pricing, "batch", None)
+    return _OfBatches(pricing, BATCH_SHARE if share is None else share)
 
 
 # Where llm's plugins call a provider's key by another name than the list calls the provider.

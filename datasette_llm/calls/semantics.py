@@ -72,6 +72,8 @@ def of_request(choice: Choice, operation: str = "chat") -> Attributes:
     }
     if choice.purpose:
         attributes["datasette_llm.purpose"] = choice.purpose
+    if choice.batch:
+        attributes["datasette_llm.batch"] = True
     address = getattr(model, "api_base", None)
     if isinstance(address, str):
         attributes |= _server(address)

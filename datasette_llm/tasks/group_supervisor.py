@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from ..calls.batches.offline import NotOfflineError
 from ..calls.metrics import is_measured
 from ..calls.standing import Standing
 from ..calls.tracing import is_traced
@@ -20,6 +21,7 @@ from .stats import GroupStats
 from .supervisor import GRACE_SECONDS, Supervisor
 
 if TYPE_CHECKING:
+    from ..calls.batches.offline import Offline
     from ..calls.choice import Choice
     from ..calls.standing import Refusal
     from ..pace.policy import ConcurrencyBounds, Patience
@@ -57,6 +59,7 @@ class GroupSupervisor(Supervisor):
         grace_seconds: float = GRACE_SECONDS,
         wait_for_quota: float = 0.0,
         patience: Patience | None = None,
+        offline: Offline | None = None,
     ) -> None:
         super().__init__(grace_seconds=grace_seconds)
         self.choice = choice
@@ -68,7 +71,10 @@ class GroupSupervisor(Supervisor):
             patience=patience,
             urgent=bool(choice.settings.interactive),
         )
-        self.clients.adopt(choice.model, throttle.observe)
+        if offline is not None:
+            self.call_type = offline.call_type
+        if not self.clients.adopt(choice.model, offline or throttle.observe) and offline is not None:
+            raise NotOfflineError(f"the model {choice.model_id!r} makes its clients in a way of its own")
         self.datasette = datasette
         self._on_error = on_error
         self._began = self.now()

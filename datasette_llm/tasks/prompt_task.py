@@ -8,7 +8,6 @@ import anyio
 from anyio import get_cancelled_exc_class
 
 from ..calls.metrics import record_usage
-from ..calls.model_call import ModelCall
 from ..calls.prices import cost_of
 from ..errors import PromptCancelled
 from ..responses.response import PromptResponse, finish_reasons, used_tokens
@@ -57,7 +56,7 @@ class PromptTask(SupervisedTask):
         super().__init__(supervisor, datasette, choice, prompt, turn=turn)
         self.response = PromptResponse(ask(), on_cancel=self.cancel, reply_model=reply_model)
         self._ask = ask
-        self._call = ModelCall(self, self.response, ask, slots, choice.settings)
+        self._call = supervisor.call_type(self, self.response, ask, slots, choice.settings)
 
     async def work(self) -> None:
         if self._turn is not None:

@@ -14,6 +14,7 @@ from ..backends.loops import LoopDoor, loop_clock
 from ..backends.spawning import start_soon
 from ..calls.clients.pool import ClientPool
 from ..calls.metrics import is_measured
+from ..calls.model_call import ModelCall
 from ..calls.tracing import is_traced
 
 if TYPE_CHECKING:
@@ -77,7 +78,10 @@ class Supervisor:
         gate: lets the first prompt of a group enter its wrappers alone.
         clients: the HTTP clients that its prompts share.
         now: the clock of the event loop that its tasks run on.
+        call_type: how its prompts call their model.
     """
+
+    call_type: type[ModelCall] = ModelCall
 
     group: Group | None = None
     gate: EntryGate | None = None

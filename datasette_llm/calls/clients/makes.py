@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 from .identity import CannotShareError
 from .leases import Made
 from .speakeasy import speakeasy_make
-from .transport import client_factory, http_options, is_http_library, leanest, library_of, shared_ssl_context
+from .transport import (
+    client_factory,
+    http_options,
+    is_http_library,
+    library_of,
+    sdk_client,
+    shared_ssl_context,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -135,8 +142,7 @@ class StainlessMake:
     def build(self, args: tuple[Any, ...], kwargs: dict[str, Any], observe: Observe | None) -> Made:
         if kwargs.get("http_client") is not None:
             raise CannotShareError("it was given an HTTP client")
-        factory = leanest(sys.modules.get(_root(self._kind)), self._factory, self.library)
-        http = factory(**http_options(self.library, observe))
+        http = sdk_client(sys.modules.get(_root(self._kind)), self._factory, self.library, observe)
         client = self._kind(*args, **{**kwargs, "max_retries": 0, "http_client": http})
         return Made(client, http.aclose)
 

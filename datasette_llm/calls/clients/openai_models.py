@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..listening import listening
 from .leases import ClientSet, Made
-from .transport import client_factory, http_options, leanest, shared_ssl_context
+from .transport import client_factory, sdk_client, shared_ssl_context
 
 if TYPE_CHECKING:
     from .leases import ClientSets
@@ -91,7 +91,7 @@ class PooledFactory:
         factory, library = found
 
         def make() -> Made:
-            http = leanest(openai, factory, library)(**http_options(library, self._observe))
+            http = sdk_client(openai, factory, library, self._observe)
             return Made(template.with_options(max_retries=0, http_client=http), http.aclose)
 
         return ClientSet(make, template.close)

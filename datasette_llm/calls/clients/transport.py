@@ -33,7 +33,11 @@ _SENT = "datasette_llm.sent"
 
 
 class Observe(Protocol):
-    """Is told each response's status and headers, and how many seconds after its request they came."""
+    """Is told each response's status and headers, and how many seconds after its request they came.
+
+    One with an attribute ``transport`` has the clients get their answers from what that makes, for an HTTP
+    library, in place of the network.
+    """
 
     def __call__(self, status: int, headers: Mapping[str, str], age: float = 0.0, /) -> object: ...
 
@@ -57,12 +61,34 @@ def http_options(
         "event_hooks": {"request": [_stamp], "response": [_reporter(library, observe)]},
     }
     given = {} if given is None else given
+    offline = _offline(observe)
+    if offline is not None:
+        options["transport"] = offline(library)
     if given.get("verify", True) is True and given.get("cert") is None:
         options["verify"] = shared_ssl_context(library)
     return {
         **options,
         **{name: value for name, value in given.items() if name != "verify" or value is not True},
     }
+
+
+def sdk_client(package: Any, factory: Any, library: Any, observe: Observe | None) -> Any:
+    """Return an HTTP client for an SDK that many prompts share.
+
+    Args:
+        package: the SDK.
+        factory: what it makes clients with.
+        library: the HTTP library of these.
+        observe: called for each response.
+    """
+    if _offline(observe) is None:
+        factory = leanest(package, factory, library)
+    return factory(**http_options(library, observe))
+
+
+def _offline(observe: Observe | None) -> Callable[[Any], Any] | None:
+    """Return what makes the transport of clients that reach nobody, where an observer brings one."""
+    return getattr(observe, "transport", None)
 
 
 def shared_ssl_context(library: Any) -> Any:

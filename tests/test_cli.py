@@ -99,7 +99,7 @@ def test_json_is_all_there_is_on_stdout(file: TableFile) -> None:
 
 def test_quiet_says_nothing(file: TableFile) -> None:
     with fake_model():
-        result = run_enrich(file, "--column", "answer", "-q")
+        result = run_enrich(file, "--column", "answer", "--quiet")
     assert (result.exit_code, result.output) == (0, "")
 
 

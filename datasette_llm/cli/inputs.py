@@ -7,10 +7,13 @@ import sqlite3
 import sys
 from contextlib import closing
 from pathlib import Path
-
-import click
+from typing import TYPE_CHECKING
 
 from .options import InputProblem
+from .templates import load
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _TEMPLATE_PREFIXES = ("template:", "t:")
 
@@ -65,12 +68,7 @@ def _read_file(name: str, what: str) -> str:
 
 
 def _template_schema(name: str) -> str:
-    from llm.cli import LoadTemplateError, load_template
-
-    try:
-        template = load_template(name)
-    except (LoadTemplateError, click.ClickException) as error:
-        raise InputProblem(f"llm's template {name!r} cannot be used: {error}") from None
+    template = load(name)
     if not template.schema_object:
         raise InputProblem(f"llm's template {name!r} has no schema")
     return json.dumps(template.schema_object)
@@ -89,3 +87,21 @@ def _logged_schema(schema_id: str) -> str | None:
     except sqlite3.Error:  # An older llm's database has no such table: then nothing has this id.
         return None
     return str(row[0]) if row else None
+
+
+def find_model(queries: Sequence[str]) -> str:
+    """Return the shortest id of a model in whose names all of these occur, as llm's ``-q`` finds it.
+
+    Raises:
+        InputProblem: there is none.
+    """
+    import llm
+
+    found = [
+        known.async_model.model_id
+        for known in llm.get_models_with_aliases()
+        if all(known.matches(query) for query in queries) and known.async_model is not None
+    ]
+    if not found:
+        raise InputProblem(f"No model has {' and '.join(map(repr, queries))} in its id or aliases")
+    return str(min(found, key=len))

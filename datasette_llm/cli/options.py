@@ -39,13 +39,15 @@ class Duration(_ParamType):
         return sum(float(number) * _UNIT_SECONDS[unit] for number, unit in parts)
 
 
-CONFIG_OPTION = click.option(
-    "--config",
-    type=click.Path(exists=True, dir_okay=False),
-    help="Datasette's configuration file: models, purposes and keys are taken from it.",
-)
-INTERNAL_OPTION = click.option(
-    "--internal",
-    type=click.Path(dir_okay=False),
-    help="Datasette's internal database, where datasette-secrets keeps keys.",
-)
+CONFIG_NAMES = ("--config",)
+CONFIG: dict[str, Any] = {
+    "type": click.Path(exists=True, dir_okay=False),
+    "help": "Datasette's configuration file: models, purposes and keys are taken from it.",
+}
+CONFIG_OPTION = click.option(*CONFIG_NAMES, **CONFIG)
+INTERNAL_NAMES = ("--internal",)
+INTERNAL: dict[str, Any] = {
+    "type": click.Path(dir_okay=False),
+    "help": "Datasette's internal database, where datasette-secrets keeps keys.",
+}
+INTERNAL_OPTION = click.option(*INTERNAL_NAMES, **INTERNAL)

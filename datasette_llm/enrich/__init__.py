@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .database import LOCKED_SECONDS
 from .errors import AlreadyRunning, EnrichError, EnrichInputError
@@ -50,6 +50,7 @@ async def enrich(
     reuse: bool = True,
     record: bool = True,
     dry_run: bool = False,
+    extract: bool | Literal["last"] = False,
     allow_cut: bool = False,
     allow_empty: bool = False,
     max_failures: int | None = None,
@@ -98,6 +99,8 @@ async def enrich(
         record: keep a record of the run and of what each value answers, in the tables ``_llm_runs`` and
             ``_llm_answers`` of the database; without it nothing is reused across runs.
         dry_run: count, render the first prompts, send and write nothing.
+        extract: the first fenced block of an answer is its value, or with ``"last"`` the last one; all of an
+            answer that has none.
         allow_cut: write answers that ran out of tokens, too.
         allow_empty: write text answers that are empty, too.
         max_failures: stop when so many rows have failed; else when a hundred prompts in a row have.
@@ -149,6 +152,7 @@ async def enrich(
         reuse=reuse,
         record=record,
         dry_run=dry_run,
+        extract=extract,
         allow_cut=allow_cut,
         allow_empty=allow_empty,
         max_failures=max_failures,

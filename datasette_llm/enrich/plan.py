@@ -165,7 +165,7 @@ def _name(row: Row) -> str:
 
 
 def _outputs(spec: JobSpec, table: Table, schema: dict[str, Any] | None) -> Outputs:
-    return Outputs(table, spec.column, schema, allow_empty=spec.allow_empty)
+    return Outputs(table, spec.column, schema, allow_empty=spec.allow_empty, extract=spec.extract)
 
 
 async def make_plan(datasette: Any, spec: JobSpec) -> Plan:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
@@ -60,6 +60,7 @@ class JobSpec:
     reuse: bool = True
     record: bool = True
     dry_run: bool = False
+    extract: bool | Literal["last"] = False
     allow_cut: bool = False
     allow_empty: bool = False
     max_failures: int | None = None

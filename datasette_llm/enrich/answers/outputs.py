@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import AnswerError, EnrichInputError
 from ..reading.table import check_output_column
 from ..sql import quote
 from .schema import AnswerCheck
-from .whole import beginning, spoken
+from .whole import beginning, fenced, spoken
 
 if TYPE_CHECKING:
     import sqlite3
@@ -60,6 +60,7 @@ class Outputs:
         schema: Mapping[str, Any] | None,
         *,
         allow_empty: bool = False,
+        extract: bool | Literal["last"] = False,
     ) -> None:
         """Check the columns against the table.
 
@@ -68,6 +69,7 @@ class Outputs:
             column: receives the answer.
             schema: what the answer has to be.
             allow_empty: a text answer may be empty.
+            extract: only the first fenced block of an answer counts, or the last, if it has any.
 
         Raises:
             EnrichInputError: no column is given, or an existing one cannot hold such answers.
@@ -82,6 +84,7 @@ class Outputs:
             raise EnrichInputError(f"Two outputs would share the column {sorted(doubled)[0]!r}")
         self._column = column
         self._allow_empty = allow_empty
+        self._extract = extract
         outputs = []
         for name in names:
             kind = None if name == column else _kind(self._properties[name])
@@ -114,6 +117,8 @@ class Outputs:
             AnswerError: the answer is empty, or does not fit them.
         """
         said = spoken(text)
+        if self._extract and said:
+            text = said = fenced(said, last=self._extract == "last")
         if not said and not (self._allow_empty and self._check is None):
             reasoned = " (all of it is reasoning)" if text.strip() else ""
             remedy = "" if self._check is not None else "; --allow-empty accepts that"

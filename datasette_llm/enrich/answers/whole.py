@@ -47,6 +47,15 @@ def spoken(text: str) -> str:
     return said
 
 
+def fenced(text: str, *, last: bool = False) -> str:
+    """Return the first fenced block of an answer, or the last, as llm finds it; else all of it."""
+    from llm.utils import extract_fenced_code_block
+
+    code = extract_fenced_code_block(text, last=last)
+    # What the first line is indented by belongs to it.
+    return code.strip("\r\n").rstrip() if code and code.strip() else text
+
+
 def _stripped(text: str) -> str:
     return text.strip().strip(_INVISIBLE).strip()
 

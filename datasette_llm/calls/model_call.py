@@ -5,29 +5,21 @@ A slot is held only while the model call runs. Between two attempts nothing is h
 
 from __future__ import annotations
 
-import logging
-import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 
-from .._compat import BaseExceptionGroup
-from ..backends import native_cancel
-from ..backends.closing import close_quietly
-from ..backends.datasette_side import backend
 from ..pace.outcome import Outcome
-from .http_answers import HttpAnswers, watch
-from .listening import listen_for
+from .driving import drive
 from .metrics import record_call
 from .prices import told_in_headers
-from .retry import check_complete, classify, retrying
+from .retry import classify, retrying
 from .semantics import error_type
 from .trouble import trouble_of
-from .wording import in_words
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import Callable
 
     import llm
 
@@ -38,11 +30,6 @@ if TYPE_CHECKING:
     from .failures import Failure
     from .retry import Attempt
     from .standing import Refusal, Standing
-
-logger = logging.getLogger("datasette_llm")
-
-#: How long closing a model's generator may take, in seconds, when its answer is not wanted any more.
-CLOSE_SECONDS = 5.0
 
 #: When to ask whether a failed call failed for everybody, in seconds after the time before: others that were
 #: out tell, or those who try next.
@@ -327,100 +314,22 @@ class ModelCall:
             )
 
     async def _drive(self, heard: Callable[[], None] | None = None) -> None:
-        """Let the model answer, chunk by chunk; afterwards its generator is closed, whatever happened."""
-        observed = self._response._observed
-        events: AsyncGenerator[Any, None] | None = None
-        answers = HttpAnswers()
-        watch(answers)
-        listen_for(observed)
-        try:
-            if observed.stream:
-                events = observed.astream_events()
-                publish = self._response._publish
-                self._response._first_chunk_seconds = None
-                async for event in events:
-                    if not isinstance(event.chunk, str):
-                        raise _wrong_chunk(observed, event.chunk)
-                    if self._response._first_chunk_seconds is None:
-                        self._response._first_chunk_seconds = max(0.0, self._slots.now() - self._sent_at)
-                    publish(event)
-                    if heard is not None:
-                        heard()
-            else:
-                # Half the layers, for an answer that comes in one piece.
-                await observed
-                _check_text(observed)
-            check_complete(observed)
-            self._response.told_cost = told_in_headers(answers.headers)
-            self._response._publish_all()
-        except BaseException as error:
-            await _close(events)
-            await _close(getattr(observed, "_generator", None))  # llm before 0.36 leaves it to us
-            answers.attach(error)
-            _give_up(observed)
-            if isinstance(error, AssertionError) and not error.args:
-                # llm asserts that a chunk is not None, and says no more than that.
-                raise _wrong_chunk(observed, None) from error
-            if not _is_ours(error):
-                raise RuntimeError(f"the model raised {type(error).__name__}: {error}") from error
-            worded = in_words(error, observed)
-            if worded is not error:
-                raise worded from error
-            raise
-        finally:
-            watch(None)
-            listen_for(None)
-            await answers.aclose()
+        """Let the model answer; readers see its chunks as they come."""
+        response = self._response
+        publish = response._publish
+        if response._observed.stream:
+            response._first_chunk_seconds = None
 
+        def listen(event: Any) -> None:
+            if response._first_chunk_seconds is None:
+                response._first_chunk_seconds = max(0.0, self._slots.now() - self._sent_at)
+            publish(event)
+            if heard is not None:
+                heard()
 
-async def _close(generator: AsyncGenerator[Any, None] | None) -> None:
-    """Close a model's generator, however it takes that."""
-    if generator is None:
-        return
-    with anyio.move_on_after(CLOSE_SECONDS, shield=True) as scope:
-        await close_quietly(generator, "the generator of a model")
-    if scope.cancelled_caught:
-        logger.warning("Abandoned the generator of a model: closing it took more than %g s", CLOSE_SECONDS)
-
-
-def _give_up(observed: llm.AsyncResponse) -> None:
-    """Make of llm's response one that has failed: it calls no model again and is no turn of anything."""
-    observed._done = True
-    observed._end = time.monotonic()
-    conversation = observed.conversation
-    if conversation is not None and observed in conversation.responses:
-        conversation.responses.remove(observed)
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether an exception from a model goes on as it is: errors, and what stops prompt or program."""
-    if isinstance(error, BaseExceptionGroup):
-        if backend() == "trio":
-            # Tasks that a library ran side by side, to connect say, are cancelled together: the scope
-            # that was cancelled takes the cancellations out of the group.
-            _, rest = error.split(anyio.get_cancelled_exc_class())
-            if rest is None:
-                return True
-            error = rest
-        return isinstance(error, Exception) or error.subgroup(_PROGRAM_STOPS) is not None
-    if isinstance(error, anyio.get_cancelled_exc_class()):
-        return not native_cancel.is_stray(error)
-    return isinstance(error, (Exception, *_PROGRAM_STOPS))
-
-
-def _check_text(observed: llm.AsyncResponse) -> None:
-    for event in observed._stream_events:
-        if not isinstance(event.chunk, str):
-            raise _wrong_chunk(observed, event.chunk)
-
-
-_PROGRAM_STOPS = (KeyboardInterrupt, SystemExit)
-
-
-def _wrong_chunk(observed: llm.AsyncResponse, chunk: Any) -> TypeError:
-    return TypeError(
-        f"model {observed.model.model_id} yielded {type(chunk).__name__}; a model yields text or StreamEvent"
-    )
+        headers = await drive(response._observed, listen)
+        response.told_cost = told_in_headers(headers)
+        response._publish_all()
 
 
 def _estimated_tokens(observed: llm.AsyncResponse) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import llm
 
-from .access.keys import KeyRing
+from .access.keys import KeyRing, know_key
 from .access.permissions import Plan, authorize, filter_by_hooks, get_plan, resolve_model_id
 from .calls.choice import Choice
 from .calls.loading import import_model_plugins, load_in_thread
@@ -156,6 +156,8 @@ class LLM:
         if key is not None and (not isinstance(model, llm.AsyncKeyModel) or model.key is not None):
             # Models of the older kind read their own attribute; and llm prefers it to the key of a call.
             model.key = key if not isinstance(model, llm.AsyncKeyModel) else None
+        if key is not None:
+            know_key(model, key)
         await load_in_thread(model)
         return Choice(
             model=model,

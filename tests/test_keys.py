@@ -90,6 +90,26 @@ async def test_the_order_of_keys(monkeypatch: pytest.MonkeyPatch, llm_user_path:
     assert await key({}, purpose="p") == "from the provider's secret"
 
 
+async def test_a_group_looks_its_key_up_once_and_an_alias_is_still_one(
+    monkeypatch: pytest.MonkeyPatch, llm_user_path: Path
+) -> None:
+    (llm_user_path / "keys.json").write_text(json.dumps({"my-provider": "sk-stored", "other": "sk-other"}))
+    async with LLM(datasette_with({})).group("keyed") as model:
+        reads: list[Any] = []
+        load_keys: Any = llm.load_keys
+
+        def counted() -> Any:
+            reads.append(load_keys())
+            return reads[-1]
+
+        monkeypatch.setattr(llm, "load_keys", counted)
+        answers = [await response.text() async for _, response in model.map(range(3))]
+        assert answers == ["sk-stored"] * 3
+        assert not reads
+        assert await (await model.prompt("x", key="other")).text() == "sk-other"
+        assert reads
+
+
 async def test_where_a_key_comes_from_has_a_name(
     monkeypatch: pytest.MonkeyPatch, llm_user_path: Path
 ) -> None:

@@ -249,7 +249,7 @@ async def test_with_aiohttp_and_without_it_the_same_is_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if not installed:
-        monkeypatch.setattr(transport, "leanest", lambda package, factory, library: factory)
+        monkeypatch.setattr(transport, "leanest", lambda package, factory, *_: factory)
     with protocol_server(family) as server:
         adopted = Adopted(server)
         server.script = [Answer(), Answer(headers=USUAL_LIMITS), Answer(status=503, message="not now")]

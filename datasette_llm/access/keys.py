@@ -227,6 +227,33 @@ def _has_stored_secrets(datasette: Datasette) -> bool:
     return bool((plugin_config(datasette, "datasette-secrets") or {}).get("encryption-key"))
 
 
+def know_key(model: Any, key: str) -> None:
+    """Tell a model's copy what its key is: llm reads ``keys.json`` for each prompt otherwise.
+
+    Args:
+        model: a model object that nobody else holds; it gets an instance attribute.
+        key: as it was found for it.
+    """
+    if getattr(type(model), "get_key", None) is llm.AsyncModel.get_key and model.needs_key is not None:
+        model.get_key = _KnownKey(model, key)
+
+
+class _KnownKey:
+    """A model's ``get_key``: its own, but for the key that is known."""
+
+    __slots__ = ("_key", "_model")
+
+    def __init__(self, model: Any, key: str) -> None:
+        self._model = model
+        self._key = key
+
+    def __call__(self, explicit_key: str | None = None) -> str | None:
+        model = self._model
+        if explicit_key == self._key and model.key is None:
+            return explicit_key
+        return type(model).get_key(model, explicit_key)  # type: ignore[no-any-return]
+
+
 _stored_keys: tuple[Any, dict[str, str]] | None = None
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 from ..responses.finish import note
 from .heard_stream import HeardStream
+from .plain_body import past_the_walk
 from .wording import UnusableAnswer, error_of, quoted
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class _Call:
         self._holder = holder
 
     async def __call__(self, **kwargs: Any) -> Any:
-        return self._hear(await self._create(**kwargs), kwargs)
+        return self._hear(await self._create(**past_the_walk(kwargs)), kwargs)
 
 
 # Chat completions

@@ -14,6 +14,7 @@ from typing import Any
 
 import anyio.to_thread
 
+from ..backends.datasette_side import backend
 from .clients.adoption import load_parts, may_share_clients
 from .clients.openai_models import load_openai, makes_openai_clients
 
@@ -49,15 +50,15 @@ def _import_model_plugins() -> None:
 async def load_in_thread(model: Any) -> None:
     """Load what prompts to a model need without keeping the event loop from its work."""
     if _is_left_for(model):
-        await anyio.to_thread.run_sync(_load, model)
+        await anyio.to_thread.run_sync(_load, model, backend())
 
 
 def _is_left_for(model: Any) -> bool:
     return type(model) not in _loaded and may_share_clients(model)
 
 
-def _load(model: Any) -> None:
+def _load(model: Any, backend: str) -> None:
     if makes_openai_clients(model):
-        load_openai()
+        load_openai(backend)
     load_parts(model)
     _loaded.add(type(model))

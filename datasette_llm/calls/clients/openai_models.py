@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..listening import listening
 from .leases import ClientSet, Made
-from .transport import client_factory, sdk_client, shared_ssl_context
+from .transport import client_factory, leanest, sdk_client, shared_ssl_context
 
 if TYPE_CHECKING:
     from .leases import ClientSets
@@ -97,13 +97,18 @@ class PooledFactory:
         return ClientSet(make, template.close)
 
 
-def load_openai() -> None:
-    """Load what the first client and the first prompt need, certificates among it; for a thread."""
+def load_openai(backend: str) -> None:
+    """Load what the first client and the first prompt need, certificates among it; for a thread.
+
+    Args:
+        backend: what the prompts will run on, ``asyncio`` or ``trio``.
+    """
     import openai
 
     found = client_factory(openai)
     if found is not None:
         factory, library = found
+        http = leanest(openai, factory, library, backend)(verify=shared_ssl_context(library))
         # Never used: looking at its parts makes openai import them.
-        client = openai.AsyncOpenAI(api_key="-", http_client=factory(verify=shared_ssl_context(library)))
+        client = openai.AsyncOpenAI(api_key="-", http_client=http)
         _ = client.chat.completions, client.responses

@@ -82,7 +82,7 @@ def sdk_client(package: Any, factory: Any, library: Any, observe: Observe | None
         observe: called for each response.
     """
     if _offline(observe) is None:
-        factory = leanest(package, factory, library)
+        factory = leanest(package, factory, library, backend())
     return factory(**http_options(library, observe))
 
 
@@ -207,7 +207,7 @@ def client_factory(package: Any) -> tuple[Any, Any] | None:
     return None
 
 
-def leanest(package: Any, factory: Any, library: Any) -> Any:
+def leanest(package: Any, factory: Any, library: Any, backend: str) -> Any:
     """Return what an SDK makes HTTP clients with that take the least CPU, where that is installed.
 
     On asyncio that is the SDK's own client on aiohttp (``datasette-llm[fast]``): a quarter less of a prompt.
@@ -216,9 +216,10 @@ def leanest(package: Any, factory: Any, library: Any) -> Any:
         package: the SDK.
         factory: what it makes clients with otherwise.
         library: the HTTP library of these.
+        backend: what they will be used on, ``asyncio`` or ``trio``.
     """
     fast = getattr(package, "DefaultAioHttpClient", None)
-    if fast is None or backend() != "asyncio":
+    if fast is None or backend != "asyncio":
         return factory
     # Without aiohttp there is a class of that name that cannot be used.
     on_aiohttp = any(base.__name__.lower().endswith("aiohttpclient") for base in fast.__mro__[1:])

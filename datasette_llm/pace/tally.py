@@ -100,15 +100,14 @@ class LastHour:
             tally.priced += 1
             tally.cost += cost
 
-    def minutes(self) -> list[Tally]:
-        """Return one record for each of the last sixty minutes, this one last."""
-        first = int(self._clock() // 60) - MINUTES + 1
-        known = dict(list(self._minutes))
-        return [known.get(minute) or Tally() for minute in range(first, first + MINUTES)]
+    def minutes(self) -> dict[int, Tally]:
+        """Return the records of the last sixty minutes, by how many minutes ago; not of quiet ones."""
+        now = int(self._clock() // 60)
+        return {now - minute: tally for minute, tally in list(self._minutes) if now - minute < MINUTES}
 
     def total(self) -> Tally:
         """Return what happened in all of them together."""
         total = Tally()
-        for minute in self.minutes():
-            total.add(minute)
+        for tally in self.minutes().values():
+            total.add(tally)
         return total

@@ -100,9 +100,41 @@ def register_enrichments(datasette: Datasette) -> list[Any]:
     return enrichments()
 
 
+@hookimpl
+def register_actions(datasette: Datasette) -> list[Any]:
+    """Name the permissions that our pages ask for."""
+    from datasette.permissions import Action
+
+    from ..pages.status import PERMISSION
+
+    return [Action(name=PERMISSION, description="See the state of language models, and send a test prompt")]
+
+
+@hookimpl
+def menu_links(datasette: Datasette, actor: dict[str, Any] | None) -> Any:
+    """Link the server's state for those who may see it."""
+    if actor is None:
+        return None
+
+    async def links() -> list[dict[str, str]]:
+        from ..pages.status.routes import may_see
+
+        if not await may_see(datasette, actor):
+            return []
+        return [{"href": datasette.urls.path("/-/llm"), "label": "Language models"}]
+
+    return links
+
+
 @hookimpl(tryfirst=True)
 def register_routes(datasette: Datasette) -> list[Any]:
-    """Check permissions in front of datasette-enrichments' pages, if there are any."""
+    """Show the server's state, and check permissions in front of datasette-enrichments' pages, if any."""
+    from ..pages.status.routes import routes
+
+    return [*routes(), *_routes_before_enrichments()]
+
+
+def _routes_before_enrichments() -> list[Any]:
     from ..pages.enrichments import is_possible
 
     if not is_possible():

@@ -1,0 +1,116 @@
+"""What runs on this event loop now, and what the last hour brought, as plain data.
+
+Each reading is bounded: so many lanes and groups are told, however many there are. It reads what is kept
+anyway, so that a page that is open in many browsers costs jobs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from ...pace.registry import throttles_here
+from ...pace.state import state_of
+from ...pace.tally import MINUTES, Tally
+from ...secrecy import redacted
+from ...tasks.live import live_groups
+
+if TYPE_CHECKING:
+    from datasette.app import Datasette
+
+    from ...pace.throttle import Throttle
+    from ...tasks.group_supervisor import GroupSupervisor
+
+#: So many lanes are told, those that are busy first, and so many groups.
+MOST = 50
+#: What stands for the name of a key where a model needs none.
+NO_KEY = "no key"
+
+
+def read_live(datasette: Datasette) -> dict[str, Any]:
+    """Return how things stand now."""
+    throttles = throttles_here()
+    lanes = sorted(
+        map(_lane, throttles),
+        key=lambda lane: (-lane["in_flight"] - lane["waiting"], -lane["hour"]["requests"]),
+    )
+    groups = [group for group in live_groups() if group.datasette is datasette]
+    total = Tally()
+    minutes = [Tally() for _ in range(MINUTES)]
+    for throttle in throttles:
+        for ago, tally in throttle.hour.minutes().items():
+            minutes[ago].add(tally)
+            total.add(tally)
+    return {
+        "lanes": lanes[:MOST],
+        "lanes_not_shown": max(0, len(lanes) - MOST),
+        "groups": [_group(group) for group in groups[:MOST]],
+        "groups_not_shown": max(0, len(groups) - MOST),
+        "hour": _figures(total),
+        "minutes": [
+            {
+                "minutes_ago": ago,
+                "answered": tally.answered,
+                "refused": tally.refused,
+                "failed": tally.failed + tally.cancelled,
+            }
+            for ago, tally in reversed(list(enumerate(minutes)))
+        ],
+    }
+
+
+def _lane(throttle: Throttle) -> dict[str, Any]:
+    state = state_of(throttle)
+    away = state.away
+    return {
+        "model": throttle.model_id,
+        "key": throttle.key_name or NO_KEY,
+        "state": state.condition,
+        "limit": state.limit,
+        "in_flight": state.in_flight,
+        "waiting": state.waiting,
+        "cooldown_seconds": round(state.cooldown_seconds, 1),
+        "rates": {source: round(rate, 2) for source, rate in state.rates.items()},
+        "away": None
+        if away is None
+        else {
+            "address": away.address,
+            "what": redacted(away.what),
+            "seconds": round(away.seconds, 1),
+            "next_try": round(away.next_try, 1),
+        },
+        "hour": _figures(throttle.hour.total()),
+    }
+
+
+def _figures(tally: Tally) -> dict[str, Any]:
+    figures = asdict(tally)
+    cost = figures["cost"] if figures.pop("priced") else None
+    return {"requests": tally.requests, **figures, "cost": _dollars(cost, tally.unpriced)}
+
+
+def _dollars(cost: float | None, unpriced: int) -> float | None:
+    """Return what is known of a cost; nothing at all is known to have cost nothing."""
+    return None if cost is None and unpriced else round(cost or 0.0, 6)
+
+
+def _group(supervisor: GroupSupervisor) -> dict[str, Any]:
+    stats = supervisor.group.stats
+    actor = supervisor.group.actor or {}
+    return {
+        "model": supervisor.group.model_id,
+        "purpose": supervisor.group.purpose,
+        "actor": None if actor.get("id") is None else str(actor["id"]),
+        "concurrency": stats.concurrency,
+        "running": stats.running,
+        "waiting": stats.waiting,
+        "succeeded": stats.succeeded,
+        "failed": stats.failed,
+        "cancelled": stats.cancelled,
+        "retries": stats.retries,
+        "prompts_per_second": round(stats.prompts_per_second, 2),
+        "input_tokens": stats.input_tokens,
+        "output_tokens": stats.output_tokens,
+        "cost": _dollars(stats.cost, stats.unpriced),
+        "elapsed_seconds": round(stats.elapsed, 1),
+    }

@@ -109,7 +109,7 @@ def test_a_run_is_recorded_from_its_begin_to_its_end(conn: sqlite3.Connection) -
     note_answers(conn, run, [Answered((1,), HASHER.digest("heron"), 10, 2)])
     add_numbers(conn, run, RunNumbers(written=1, input_tokens=10, output_tokens=2))
     add_numbers(conn, run, RunNumbers())
-    end_run(conn, run, "done", cost=0.25, failures=[{"kind": "empty", "count": 1}])
+    end_run(conn, run.run, "done", cost=0.25, failures=[{"kind": "empty", "count": 1}])
     (ended,) = list_runs(conn, table="birds", run=run.run)
     assert (ended["outcome"], ended["written"], ended["cost"]) == ("done", 1, 0.25)
     assert (ended["columns"], ended["options"], ended["spec"]) == (["note"], {"temperature": 0}, {"limit": 5})

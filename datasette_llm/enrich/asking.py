@@ -178,6 +178,7 @@ class Asking:
                 await self._look_up(asked)
                 for each in asked:
                     await self._writer.ready()
+                    await self._ledger.unpaused()
                     if self._ledger.is_over():
                         await forgetter.flush()
                         return

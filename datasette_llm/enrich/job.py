@@ -74,6 +74,7 @@ class EnrichJob:
         *,
         on_progress: Callable[[EnrichProgress], Any] | None = None,
         on_settled: Callable[[Outcome], None] | None = None,
+        on_begun: Callable[[int], None] | None = None,
         open_group: Callable[[JobSpec], AbstractAsyncContextManager[Any]] | None = None,
     ) -> None:
         """Prepare a job.
@@ -83,6 +84,8 @@ class EnrichJob:
             spec: what to do.
             on_progress: called a few times a second, and once at the end; may be async.
             on_settled: called with what each transaction did.
+            on_begun: called with the number of the run, which is on record before anything is sent then; else
+                it is with the first answers. Never called if no row waits.
             open_group: opens the group that runs the prompts; `LLM.group` unless a test has its own.
         """
         self._datasette = datasette
@@ -92,6 +95,7 @@ class EnrichJob:
         self._spec = spec
         self._on_progress = on_progress
         self._on_settled = on_settled
+        self._on_begun = on_begun
         self._open_group = open_group or self._open_llm_group
         self._ledger = Ledger(spec)
         self._prompting: anyio.CancelScope | None = None
@@ -114,12 +118,22 @@ class EnrichJob:
         """
         ledger = self._ledger
         ledger.stopping = ledger.stopping or reason
+        ledger.go_on()
         if grace_seconds is not None:
             ledger.cancel_at = min(ledger.cancel_at, anyio.current_time() + grace_seconds)
             if self._prompting is not None:
                 self._prompting.deadline = ledger.cancel_at
             for watch in ledger.watches:
                 watch.hurry(grace_seconds)
+
+    def pause(self) -> None:
+        """Pull no more rows until `go_on`; prompts in flight are completed and written."""
+        if self._ledger.stopping is None:
+            self._ledger.pause()
+
+    def go_on(self) -> None:
+        """End a pause."""
+        self._ledger.go_on()
 
     async def run(self) -> EnrichReport:
         """Run the job to its end.
@@ -168,6 +182,7 @@ class EnrichJob:
                         self._spec.check_model(model, plan.schema)
                         plan = plan.for_model(model)
                         recorder = recorder_of(plan, model.model_id, versions_of(model))
+                        await self._announce(plan, recorder)
                         writer = self._open_writer(plan, report, recorder)
                         tasks.start_soon(_run_then_set, writer, written)
                         tasks.start_soon(self._keep_counting, plan, report)
@@ -185,9 +200,10 @@ class EnrichJob:
         except BaseExceptionGroup as group:
             raise_bare(group)
         ledger.close(report)
-        if recorder is not None and recorder.run is not None:
-            report.run = recorder.run.run
-            plan = replace(plan, job=recorder.run.job)
+        if recorder is not None and recorder.number is not None:
+            report.run = recorder.number
+            if recorder.run is not None:
+                plan = replace(plan, job=recorder.run.job)
             with suppress(DatabaseError):
                 end = partial(
                     recorder.end,
@@ -201,6 +217,12 @@ class EnrichJob:
         await self._count_incomplete(began_with, report)
         ledger.update_progress(report)
         await self._report_progress()
+
+    async def _announce(self, plan: Plan, recorder: Recorder | None) -> None:
+        if self._on_begun is not None and recorder is not None:
+            await write(plan.database, recorder.announce)
+            if recorder.number is not None:
+                self._on_begun(recorder.number)
 
     async def _take_up(self, plan: Plan, report: EnrichReport) -> Plan:
         """Write the answers that an earlier run had to leave in the side file."""

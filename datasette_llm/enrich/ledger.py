@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 FAILURES_IN_A_ROW = 100
 # A shorter cooldown is over before anybody has read of it.
 SHOWN_SECONDS = 1.0
+# Of rows that failed alike so many are named, for people to look at.
+SHOWN_ROWS = 20
 
 
 class Ledger:
@@ -58,6 +60,8 @@ class Ledger:
         self.model: Any = None
         self.watches: list[Watch] = []
         self.trouble: str | None = None
+        # Set when the job goes on; no more rows are pulled until then.
+        self._pause: anyio.Event | None = None
         self.began = 0.0
         self.skipped = 0
         self.counted: int | None = None
@@ -82,6 +86,21 @@ class Ledger:
     @property
     def in_flight(self) -> int:
         return self._pulled - self._answered - self._waiting
+
+    def pause(self) -> None:
+        """Have no more rows pulled until `go_on`."""
+        self._pause = self._pause or anyio.Event()
+
+    def go_on(self) -> None:
+        """End a pause, if there is one."""
+        if self._pause is not None:
+            self._pause.set()
+            self._pause = None
+
+    async def unpaused(self) -> None:
+        """Wait until there is no pause, or the job is to stop."""
+        while self._pause is not None and self.stopping is None:
+            await self._pause.wait()
 
     def pull(self, row: Row) -> None:
         self._pulled += 1
@@ -142,9 +161,13 @@ class Ledger:
             known = self._failures.get(group)
             if known is not None:
                 known.count += 1
+                if len(known.rows) < SHOWN_ROWS:
+                    known.rows.append(result.row.key)
             else:
                 name = type(result.error).__name__ if result.kind == OTHER else None
-                self._failures[group] = FailureKind(result.kind, 1, result.message, result.row.key, name)
+                self._failures[group] = FailureKind(
+                    result.kind, 1, result.message, result.row.key, name, rows=[result.row.key]
+                )
 
     def is_over(self) -> bool:
         """Say whether no more rows are to be pulled, and remember why."""
@@ -197,6 +220,7 @@ class Ledger:
         progress.cost = stats.cost
         progress.elapsed = self.elapsed
         progress.stopping = self.stopping
+        progress.paused = self._pause is not None
         progress.waiting = next((str(watch) for watch in self.watches if watch.trouble), None)
         if progress.waiting is None and stats.away is not None:
             progress.waiting = away_in_words(stats.away)

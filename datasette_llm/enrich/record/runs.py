@@ -70,14 +70,40 @@ class RunId:
     began: int
 
 
-def begin_run(conn: sqlite3.Connection, description: RunDescription) -> RunId:
-    """Record that a run begins; makes the tables if need be. Runs in the caller's transaction."""
+def announce_run(conn: sqlite3.Connection, description: RunDescription) -> int:
+    """Record a run that has no answer yet, and return its number. Runs in the caller's transaction.
+
+    It belongs to no job until it begins: its columns may not be there yet, and then there is nothing to tell
+    that they are not gone.
+    """
+    make_tables(conn)
+    values = _values(description, int(time.time()))
+    names = ", ".join(f'"{name}"' for name in values)
+    marks = ", ".join("?" for _ in values)
+    cursor = conn.execute(f"insert into {RUNS_TABLE} ({names}) values ({marks})", list(values.values()))
+    assert cursor.lastrowid is not None
+    return cursor.lastrowid
+
+
+def begin_run(
+    conn: sqlite3.Connection, description: RunDescription, *, announced: int | None = None
+) -> RunId:
+    """Record that a run begins; makes the tables if need be. Runs in the caller's transaction.
+
+    Args:
+        announced: its number, if `announce_run` has recorded it.
+    """
     make_tables(conn)
     forget_what_is_gone(conn)
-    job = find_job(conn, description.table, description.columns)
-    began = int(time.time())
+    run = announce_run(conn, description) if announced is None else announced
+    job = find_job(conn, description.table, description.columns) or run
+    conn.execute(f"update {RUNS_TABLE} set job = ? where id = ?", (job, run))
+    began = conn.execute(f"select strftime('%s', started) from {RUNS_TABLE} where id = ?", (run,)).fetchone()
+    return RunId(run, job, int(began[0]))
+
+
+def _values(description: RunDescription, began: int) -> dict[str, Any]:
     values = {
-        "job": job,
         "table": description.table,
         "columns": json.dumps(description.columns, ensure_ascii=False),
         "started": _moment(began),
@@ -90,18 +116,7 @@ def begin_run(conn: sqlite3.Connection, description: RunDescription) -> RunId:
         "spec": json.dumps(dict(description.spec), ensure_ascii=False, default=str),
         "versions": json.dumps(dict(description.versions)),
     }
-    names = ", ".join(f'"{name}"' for name in values)
-    marks = ", ".join("?" for _ in values)
-    cursor = conn.execute(
-        f"insert into {RUNS_TABLE} ({names}) values ({marks})",
-        [_storable(value) for value in values.values()],
-    )
-    run = cursor.lastrowid
-    assert run is not None
-    if job is None:
-        job = run
-        conn.execute(f"update {RUNS_TABLE} set job = ? where id = ?", (job, run))
-    return RunId(run, job, began)
+    return {name: _storable(value) for name, value in values.items()}
 
 
 def find_job(conn: sqlite3.Connection, table: str, columns: Sequence[str]) -> int | None:
@@ -131,7 +146,7 @@ def add_numbers(conn: sqlite3.Connection, run: RunId, numbers: RunNumbers) -> No
 
 def end_run(
     conn: sqlite3.Connection,
-    run: RunId,
+    run: int,
     outcome: str,
     *,
     cost: float | None = None,
@@ -147,22 +162,28 @@ def end_run(
             cost,
             skipped,
             json.dumps(list(failures), ensure_ascii=False, default=str),
-            run.run,
+            run,
         ),
     )
 
 
 def list_runs(
-    conn: sqlite3.Connection, *, table: str | None = None, run: int | None = None
+    conn: sqlite3.Connection, *, table: str | None = None, run: int | None = None, limit: int = -1
 ) -> list[dict[str, Any]]:
-    """Return the recorded runs, latest first, with their JSON columns read."""
+    """Return the recorded runs, latest first, with their JSON columns read.
+
+    Args:
+        limit: how many at most; less than 0 is all.
+    """
     if not has_record(conn):
         return []
     conditions = ['"table" = ?'] if table is not None else []
     conditions += ["id = ?"] if run is not None else []
     where = f"where {' and '.join(conditions)}" if conditions else ""
     parameters = [value for value in (table, run) if value is not None]
-    cursor = conn.execute(f"select * from {RUNS_TABLE} {where} order by id desc", parameters)
+    cursor = conn.execute(
+        f"select * from {RUNS_TABLE} {where} order by id desc limit ?", [*parameters, limit]
+    )
     names = [column[0] for column in cursor.description]
     return [_read(dict(zip(names, tuple(record), strict=True))) for record in cursor]
 

@@ -30,6 +30,7 @@ class FailureKind:
         example: the error of the first one.
         pk: the key of that row.
         exception: the name of the exception's class, for failures of the kind ``error``.
+        rows: the keys of the first twenty rows.
     """
 
     kind: str
@@ -37,6 +38,7 @@ class FailureKind:
     example: str
     pk: tuple[SQLValue, ...]
     exception: str | None = None
+    rows: list[tuple[SQLValue, ...]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -57,6 +59,7 @@ class EnrichProgress:
         cost: what the answers cost so far in dollars; ``None`` if no price is known.
         elapsed: seconds since the job began.
         stopping: why it is stopping, if it is.
+        paused: no more rows are asked about until somebody has it go on.
         waiting: what keeps the database from being used, or the provider from being reached, and since when,
             in words: nothing is sent then.
         quota_seconds: how long a quota that is used up is still waited for, if it is.
@@ -75,6 +78,7 @@ class EnrichProgress:
     cost: float | None = None
     elapsed: float = 0.0
     stopping: StopReason | None = None
+    paused: bool = False
     waiting: str | None = None
     quota_seconds: float | None = None
 

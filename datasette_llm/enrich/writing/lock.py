@@ -50,6 +50,15 @@ def only_job(database: Any, table: str, columns: Iterable[str]) -> Iterator[None
         yield
 
 
+def is_held(database: Any, table: str, columns: Iterable[str]) -> bool:
+    """Say whether a job, of whichever process, is filling one of these columns now."""
+    try:
+        with only_job(database, table, columns):
+            return False
+    except AlreadyRunning:
+        return True
+
+
 @contextmanager
 def _lock_in_memory(database: str, table: str, column: str) -> Iterator[None]:
     key = (database, table.lower(), column.lower())

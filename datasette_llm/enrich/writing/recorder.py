@@ -6,7 +6,7 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from ..record.answers import Answered, note_answers
-from ..record.runs import RunDescription, RunNumbers, add_numbers, begin_run, end_run
+from ..record.runs import RunDescription, RunNumbers, add_numbers, announce_run, begin_run, end_run
 
 if TYPE_CHECKING:
     import sqlite3
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from ..plan import Plan
     from ..record.runs import RunId
+    from ..sql import SQLValue
     from ..telling.report import FailureKind
     from .results import Outcome
 
@@ -23,11 +24,19 @@ class Recorder:
 
     Attributes:
         run: the run, once a transaction of it has been committed.
+        number: its number, once it is on record.
     """
 
     def __init__(self, description: RunDescription) -> None:
         self.run: RunId | None = None
+        self.number: int | None = None
         self._description = description
+
+    def announce(self, conn: sqlite3.Connection) -> None:
+        """Record that the run is under way, before it has any answer."""
+        conn.execute("begin immediate")
+        self.number = announce_run(conn, self._description)
+        conn.commit()
 
     def note(self, conn: sqlite3.Connection, outcome: Outcome) -> RunId:
         """Record what a transaction is about to commit; the run begins with the first one.
@@ -35,7 +44,7 @@ class Recorder:
         Returns:
             the run, to be told to `committed` when that has been.
         """
-        run = self.run or begin_run(conn, self._description)
+        run = self.run or begin_run(conn, self._description, announced=self.number)
         written = outcome.written
         note_answers(
             conn,
@@ -63,6 +72,7 @@ class Recorder:
     def committed(self, run: RunId) -> None:
         """The transaction in which the run was noted is committed."""
         self.run = run
+        self.number = run.run
 
     def end(
         self,
@@ -74,12 +84,20 @@ class Recorder:
         failures: Sequence[FailureKind] = (),
     ) -> None:
         """Record how the run ended, if it ever began."""
-        if self.run is None:
+        if self.number is None:
             return
-        kinds = [{"kind": each.kind, "count": each.count, "example": each.example} for each in failures]
+        kinds = [
+            {"kind": each.kind, "count": each.count, "example": each.example, "rows": _named(each.rows)}
+            for each in failures
+        ]
         conn.execute("begin immediate")
-        end_run(conn, self.run, outcome, skipped=skipped, cost=cost, failures=kinds)
+        end_run(conn, self.number, outcome, skipped=skipped, cost=cost, failures=kinds)
         conn.commit()
+
+
+def _named(keys: Sequence[tuple[SQLValue, ...]]) -> list[list[SQLValue]]:
+    """Return the keys that JSON can hold."""
+    return [list(key) for key in keys if not any(isinstance(value, bytes) for value in key)]
 
 
 def recorder_of(plan: Plan, model_id: str, versions: Mapping[str, str]) -> Recorder | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import pytest
 from opentelemetry import metrics as api
 from opentelemetry.sdk.metrics import MeterProvider
@@ -12,11 +13,15 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from datasette_llm import LLM
 from datasette_llm.calls import metrics
+from datasette_llm.pace.policy import PromptSettings
+from datasette_llm.pace.registry import get_throttle, throttles_everywhere
 from tests.fakes import FakeModel, registered
 from tests.hooks import datasette_with
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
+
+    from datasette_llm.pace.throttle import Throttle
 
 
 class Figures:
@@ -136,3 +141,19 @@ async def test_lanes_are_gauges_with_the_name_of_their_key_and_not_the_key(
     }
     assert figures_of == {"limit": 3, "in_flight": 1, "waiting": 0, "cooldown": 0, "away": 0}
     assert "sk-1234" not in repr(values)
+
+
+async def test_lanes_of_an_event_loop_that_has_ended_are_not_read() -> None:
+    def other_loop() -> list[Throttle]:
+        async def use() -> list[Throttle]:
+            get_throttle("key", "elsewhere", PromptSettings())
+            return throttles_everywhere()
+
+        return anyio.run(use)
+
+    def of_it(throttles: list[Throttle]) -> list[Throttle]:
+        return [each for each in throttles if each.model_id == "elsewhere"]
+
+    running = await anyio.to_thread.run_sync(other_loop)
+    assert len(of_it(running)) == 1
+    assert of_it(throttles_everywhere()) == []

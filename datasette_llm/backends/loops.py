@@ -26,6 +26,16 @@ def loop_clock() -> Callable[[], float]:
     return asyncio.get_running_loop().time
 
 
+def loop_end() -> Callable[[], bool]:
+    """Return a function, for any thread, that tells whether the running event loop has ended since.
+
+    Trio does not tell of its own; its clock can be read for ever.
+    """
+    if backend() == "trio":
+        return lambda: False
+    return asyncio.get_running_loop().is_closed
+
+
 class LoopDoor:
     """Lets any thread, at any moment, have the event loop that made it call a function soon.
 

@@ -10,6 +10,7 @@ from weakref import WeakSet
 
 from anyio.lowlevel import RunVar
 
+from ..backends.loops import loop_end
 from .throttle import Throttle
 
 if TYPE_CHECKING:
@@ -17,7 +18,15 @@ if TYPE_CHECKING:
 
 
 class Throttles(dict[tuple[bytes, str], Throttle]):
-    """Those of one event loop."""
+    """Those of the running event loop.
+
+    Attributes:
+        is_over: whether the event loop has ended; its clock may not be read any more then.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_over = loop_end()
 
     __hash__ = object.__hash__  # type: ignore[assignment]  # Each is one of its own.
 
@@ -71,11 +80,11 @@ def get_throttle(
 
 def throttles_here() -> list[Throttle]:
     """Return this event loop's throttles, the one that was used last at the end."""
-    return list(_throttles.get(Throttles()).values())
+    return list(_throttles.get({}).values())
 
 
 def throttles_everywhere() -> list[Throttle]:
-    """Return the throttles of all event loops of this process; for any thread."""
+    """Return the throttles of all event loops that run in this process; for any thread."""
     with _lock:
         loops = list(_everywhere)
-    return [throttle for loop in loops for throttle in list(loop.values())]
+    return [throttle for loop in loops if not loop.is_over() for throttle in list(loop.values())]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from .calls.attachments import find_types, need_finding
+from .calls.attachments import need_finding, with_types, without_files
 from .pace.registry import get_throttle
 from .secrecy import keep_secret
 from .tasks.chain import Chain, ChainTask
@@ -154,11 +154,10 @@ class WrappedAsyncModel:
 
     async def _with_found_types(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Find the types of attachments that are only an address, before llm does."""
-        attachments = kwargs.get("attachments") or []
-        if not need_finding(attachments):
+        if not need_finding(kwargs):
             return kwargs
         supervisor, _ = self._owner()
-        return {**kwargs, "attachments": await find_types(supervisor.clients_here, attachments)}
+        return await with_types(supervisor.clients_here, kwargs)
 
     def _prompt_task(
         self,
@@ -193,10 +192,13 @@ class WrappedAsyncModel:
         turns: Turns | None = None,
     ) -> Chain:
         arguments = self._with_defaults(kwargs)
-        # Arguments that llm does not take are refused here and now, as llm does.
-        begun = begin(prompt, **arguments)
+        finding = need_finding(arguments)
+        # Arguments that llm does not take are refused here and now, as llm does. Finding types takes time.
+        begun = begin(prompt, **(without_files(arguments) if finding else arguments))
 
-        def begin_turn() -> llm.models.AsyncChainResponse:
+        async def begin_turn() -> llm.models.AsyncChainResponse:
+            if finding:
+                return begin(prompt, **await self._with_found_types(arguments))
             # The history of the conversation was not complete yet when the chain was made.
             return begun if turns is None else begin(prompt, **arguments)
 

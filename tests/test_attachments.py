@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -54,7 +55,7 @@ def host_of_files() -> Iterator[Host]:
 
         def do_HEAD(self) -> None:
             host.asked.append((self.command, self.path))
-            status, kind = self.answers.get(self.path) or (int(self.path[1:]), "text/plain")
+            status, kind = self.answers.get(self.path.partition("?")[0]) or (int(self.path[1:]), "text/plain")
             self.send_response(status)
             if status == 302:
                 self.send_header("location", "/bird.png")
@@ -94,10 +95,16 @@ class Viewer(FakeModel):
     async def execute(
         self, prompt: Any, stream: bool, response: Any, conversation: Any = None
     ) -> AsyncGenerator[Any, None]:
-        for attachment in prompt.attachments:
+        parts = [part for message in prompt.messages for part in message.parts]
+        inline = [found for part in parts if (found := getattr(part, "attachment", None)) is not None]
+        for attachment in inline or prompt.attachments:
             self.shown.append((attachment.url, attachment.resolve_type()))
             if prompt.prompt == "content":
-                assert attachment.base64_content()
+                try:
+                    assert attachment.base64_content() == base64.b64encode(b"png").decode()
+                except Exception as error:
+                    # As plugins do.
+                    raise ValueError("cannot encode") from error
         async for chunk in super().execute(prompt, stream, response, conversation):
             yield chunk
 
@@ -146,6 +153,64 @@ async def test_prompts_alone_and_in_conversations_find_them_too_and_leave_the_ca
         assert len(host.asked) == 1
         assert mine.type is None
         await drain()
+
+
+@pytest.mark.usefixtures("_llm_asks_nobody")
+async def test_chains_their_tools_and_histories_go_the_same_way() -> None:
+    class Caller(Viewer):
+        async def execute(
+            self, prompt: Any, stream: bool, response: Any, conversation: Any = None
+        ) -> AsyncGenerator[Any, None]:
+            async for chunk in super().execute(prompt, stream, response, conversation):
+                yield chunk
+            if prompt.prompt == "look":
+                response.add_tool_call(llm.ToolCall("camera", {}, "1"))
+
+    viewer = Caller()
+    with host_of_files() as host, registered(viewer):
+        bird, moved, other = (f"{host.url}/{name}" for name in ("bird.png", "moved", "bird.png?2"))
+
+        def camera() -> llm.ToolOutput:
+            """Take a picture."""
+            return llm.ToolOutput(output="taken", attachments=[llm.Attachment(url=moved)])
+
+        async with LLM(datasette_with()).group("fake") as model:
+            with pytest.raises(TypeError):
+                model.chain("look", nonsense=1, attachments=[llm.Attachment(url=bird)])
+            chain = model.chain("look", tools=[camera], attachments=[llm.Attachment(url=bird)])
+            assert await chain.text()
+            assert [viewer.shown[0], viewer.shown[-1]] == [
+                (bird, "image/png"),
+                (moved, "image/png"),
+            ]
+            assert [found.url for found in chain.prompt.attachments] == [bird]
+            history = [llm.user("x", llm.Attachment(url=other))]
+            assert await (await model.prompt("y", messages=history)).text()
+            assert (other, "image/png") in viewer.shown
+            with pytest.raises(AttachmentError, match="its host answered 503"):
+                await model.chain("x", attachments=[llm.Attachment(url=f"{host.url}/503")]).text()
+            assert (model.stats.retries, model.stats.throttled_seconds) == (0, 0)
+
+
+@pytest.mark.usefixtures("_llm_asks_nobody")
+@pytest.mark.parametrize("stream", [True, False])
+async def test_content_is_fetched_while_the_loop_goes_on_and_forgotten(stream: bool) -> None:
+    viewer = Viewer()
+    with host_of_files() as host, registered(viewer):
+        async with LLM(datasette_with()).group("fake") as model:
+            two = [llm.Attachment(url=f"{host.url}/{name}") for name in ("bird.png", "moved")]
+            response = await model.prompt("content", attachments=two, stream=stream)
+            assert await response.text() == "content"
+            assert response.attempts == 1
+            assert [path for method, path in host.asked if method == "GET"] == [
+                "/bird.png",
+                "/moved",
+                "/bird.png",
+            ]
+            for found in response.prompt.attachments:
+                assert isinstance(found, attachments.LinkedAttachment)
+                assert (found.fetched, found.content) == (None, None)
+            assert model.stats.retries == 0
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 429, 503])

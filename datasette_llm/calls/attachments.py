@@ -1,9 +1,12 @@
-"""Attachments that are only an address: their types are found before llm asks for them.
+"""Attachments that are only an address: their types and contents are had without llm asking for them.
 
-llm finds the type of such an attachment with a request of its own, made inside of the event loop, where
-every page and every other prompt waits for it. Here an async client asks, which the prompts share, and what
-it found is remembered. Whatever the host of a file answers concerns that one prompt: it says nothing about
-the provider, its limits, or the key.
+llm finds the type of such an attachment, and its content where a model sends that, with requests of its own
+made inside of the event loop, where every page and every other prompt waits for them. Here an async client
+asks, which the prompts share, and what types it found is remembered. Whatever the host of a file answers
+concerns that one prompt: it says nothing about the provider, its limits, or the key.
+
+Types are found before there is a prompt. Contents only when a model asks: its code is stopped there, the
+content is fetched, and the model begins again; nothing has been sent by then (see ``contents``).
 """
 
 from __future__ import annotations
@@ -18,9 +21,10 @@ import llm
 
 from .clients.leases import ClientSets, Made
 from .clients.transport import http_options, library_that
+from .http_answers import watched
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Mapping
 
 #: How many addresses' types are remembered, and how long, in seconds.
 MOST_REMEMBERED = 10_000
@@ -28,6 +32,9 @@ REMEMBERED_SECONDS = 600.0
 
 #: How long the host of a file may take, in seconds.
 HOST_SECONDS = 20.0
+
+#: How long a content may take that a model asks for, in seconds.
+CONTENT_SECONDS = 120.0
 
 #: As llm does.
 MOST_REDIRECTS = 3
@@ -39,52 +46,111 @@ class AttachmentError(ValueError):
     """The type or the content of a file that a prompt points to cannot be had."""
 
 
+class ContentNeeded(Exception):
+    """A model asks for the content of an attachment that has yet to be fetched."""
+
+    def __init__(self, attachment: LinkedAttachment) -> None:
+        super().__init__(f"the content of {attachment.url} has not been fetched")
+        self.attachment = attachment
+
+
 class LinkedAttachment(llm.Attachment):
     """An attachment that is an address, of which the type is known."""
+
+    #: The shared clients that ask its host, if there are any.
+    clients: ClientSets | None = None
+    #: Its content, for as long as a model call needs it.
+    fetched: bytes | None = None
 
     def content_bytes(self) -> Any:
         """Return the content.
 
         Raises:
+            ContentNeeded: a model call asks that can fetch it without blocking the event loop.
             AttachmentError: the host does not give it.
         """
+        if self.fetched is not None:
+            return self.fetched
+        if not self.content and watched():
+            raise ContentNeeded(self)
         try:
             return super().content_bytes()  # type: ignore[no-untyped-call]
         except Exception as error:
             raise AttachmentError(_words(str(self.url), error)) from None
 
 
-async def find_types(
-    clients: ClientSets | None, attachments: Iterable[llm.Attachment]
-) -> list[llm.Attachment]:
-    """Return these attachments, each with its type where finding that takes a request.
+def need_finding(arguments: Mapping[str, Any]) -> bool:
+    """Say whether among the arguments of a prompt there are attachments that are only an address."""
+    return any(map(_is_left, arguments.get("attachments") or ())) or any(
+        map(_is_left, _in_messages(arguments.get("messages")))
+    )
+
+
+def without_files(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a prompt without attachments, to see whether llm takes the others."""
+    return {name: value for name, value in arguments.items() if name != "attachments"}
+
+
+async def with_types(clients: ClientSets | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a prompt, attachments with their types where finding these takes a request.
 
     Args:
         clients: the shared clients of whoever owns the prompt, if they belong to this event loop.
-        attachments: as a prompt is given them; they are not changed.
+        arguments: as a prompt is given them; neither they nor the attachments are changed.
 
     Raises:
         AttachmentError: a host does not say what there is, or cannot be reached.
     """
+    found = dict(arguments)
+    if arguments.get("attachments"):
+        found["attachments"] = await find_types(clients, arguments["attachments"])
+    if any(map(_is_left, _in_messages(arguments.get("messages")))):
+        found["messages"] = [await _message(clients, message) for message in arguments["messages"]]
+    return found
+
+
+async def find_types(
+    clients: ClientSets | None, attachments: Iterable[llm.Attachment]
+) -> list[llm.Attachment]:
+    """Do the same for attachments alone."""
     return [await _find_type(clients, attachment) for attachment in attachments]
 
 
-def need_finding(attachments: Any) -> bool:
-    """Say whether there are attachments that are only an address."""
-    return bool(attachments) and any(_is_only_address(attachment) for attachment in attachments)
+def _in_messages(messages: Any) -> Iterator[Any]:
+    for message in messages if isinstance(messages, (list, tuple)) else ():
+        for part in getattr(message, "parts", None) or ():
+            yield getattr(part, "attachment", None)
 
 
-def _is_only_address(attachment: Any) -> bool:
-    return isinstance(attachment, llm.Attachment) and bool(attachment.url) and not attachment.path
+async def _message(clients: ClientSets | None, message: Any) -> Any:
+    if not any(map(_is_left, _in_messages([message]))):
+        return message
+    parts = [
+        replace(part, attachment=await _find_type(clients, part.attachment))
+        if _is_left(getattr(part, "attachment", None))
+        else part
+        for part in message.parts
+    ]
+    return replace(message, parts=parts)
+
+
+def _is_left(attachment: Any) -> bool:
+    """Whether this is an attachment that is only an address, and was not seen here before."""
+    return (
+        isinstance(attachment, llm.Attachment)
+        and not isinstance(attachment, LinkedAttachment)
+        and bool(attachment.url)
+        and not attachment.path
+    )
 
 
 async def _find_type(clients: ClientSets | None, attachment: llm.Attachment) -> llm.Attachment:
-    if not _is_only_address(attachment):
+    if not _is_left(attachment):
         return attachment
-    url = str(attachment.url)
-    kind = attachment.type or await _type_of(clients, url)
-    values = {**vars(replace(attachment)), "type": kind}
-    return LinkedAttachment(**values)
+    kind = attachment.type or await _type_of(clients, str(attachment.url))
+    linked = LinkedAttachment(**{**vars(replace(attachment)), "type": kind})
+    linked.clients = clients
+    return linked
 
 
 async def _type_of(clients: ClientSets | None, url: str) -> str:
@@ -101,22 +167,43 @@ async def _type_of(clients: ClientSets | None, url: str) -> str:
 
 
 async def _ask(clients: ClientSets | None, url: str) -> str:
+    with anyio.move_on_after(HOST_SECONDS) as scope:
+        headers, _ = await _request(clients, "HEAD", url)
+    if scope.cancelled_caught:
+        raise AttachmentError(_words(url, TimeoutError()))
+    kind = str(headers.get("content-type") or "").partition(";")[0].strip()
+    if not kind:
+        raise AttachmentError(f"the attachment {url}: its host does not say what type it is of")
+    return kind
+
+
+async def fetch(attachment: LinkedAttachment) -> None:
+    """Fetch the content of an attachment; whoever asked for it forgets it afterwards.
+
+    Raises:
+        AttachmentError: the host does not give it.
+    """
+    url = str(attachment.url)
+    with anyio.move_on_after(CONTENT_SECONDS) as scope:
+        _, attachment.fetched = await _request(attachment.clients, "GET", url)
+    if scope.cancelled_caught:
+        raise AttachmentError(_words(url, TimeoutError()))
+
+
+async def _request(clients: ClientSets | None, method: str, url: str) -> tuple[Mapping[str, str], bytes]:
     library = library_that(llm.models)
-    sets = ClientSets() if clients is None else clients
+    # Those of another event loop, or of a group that has ended, are of no use.
+    sets = ClientSets() if clients is None or clients.closed else clients
     client = sets.lease("hosts of files", lambda: _make(library))
     try:
-        with anyio.fail_after(HOST_SECONDS):
-            response = await client.head(url)
-            response.raise_for_status()
+        response = await client.request(method, url)
+        response.raise_for_status()
     except Exception as error:
         raise AttachmentError(_words(url, error)) from None
     finally:
         if sets is not clients:
             await sets.aclose()
-    kind = str(response.headers.get("content-type") or "").partition(";")[0].strip()
-    if not kind:
-        raise AttachmentError(f"the attachment {url}: its host does not say what type it is of")
-    return kind
+    return response.headers, response.content
 
 
 def _make(library: Any) -> Made:

@@ -78,6 +78,11 @@ def watch(answers: HttpAnswers | None) -> None:
     _current.set(answers)
 
 
+def watched() -> bool:
+    """Say whether an attempt runs in this task."""
+    return _current.get() is not None
+
+
 def saw(response: Any) -> None:
     """Tell whoever watches in this task of a response."""
     answers = _current.get()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import anyio
 
 from ..pace.outcome import Outcome
+from .contents import Contents
 from .driving import drive
 from .metrics import record_call
 from .prices import told_in_headers
@@ -226,10 +227,7 @@ class ModelCall:
             if standing is not None and standing.refusal is not None:
                 raise _everybodys(standing.refusal)
             response.attempts += 1
-            if self._settings.timeout is None:
-                await self._drive_watched()
-            else:
-                await self._drive_in_time(self._settings.timeout)
+            await self._drive_with_contents()
             outcome = self._answered() if slots.paced else _OK
             error_name = None
             if standing is not None:
@@ -280,6 +278,27 @@ class ModelCall:
 
     def _answered(self) -> Outcome:
         return Outcome("ok", tokens=_used_tokens(self._response._observed))
+
+    async def _drive_with_contents(self) -> None:
+        """Let the model answer; from its beginning again when it asks for a file that has to be fetched."""
+        contents: Contents | None = None
+        try:
+            while True:
+                try:
+                    if self._settings.timeout is None:
+                        await self._drive_watched()
+                    else:
+                        await self._drive_in_time(self._settings.timeout)
+                    return
+                except Exception as error:
+                    contents = contents or Contents()
+                    if not await contents.provide(error):
+                        raise
+                self._response._restart(self._ask())
+                self._task.begin_attempt(self._response._observed)
+        finally:
+            if contents is not None:
+                contents.forget()
 
     async def _drive_in_time(self, seconds: float) -> None:
         with anyio.move_on_after(seconds) as scope:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import anyio
@@ -24,6 +25,7 @@ from llm.parts import StreamEvent
 
 from ..backends.loops import LoopDoor
 from ..backends.signal import Signal
+from ..calls.attachments import find_types, need_finding
 from ..calls.metrics import record_usage
 from ..calls.model_call import ModelCall
 from ..calls.prices import cost_of
@@ -34,7 +36,7 @@ from ..responses.tools import attachments_of, execute_tool_calls, pending_tool_c
 from .task import SupervisedTask
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
     from types import TracebackType
 
     from llm.parts import Message
@@ -267,7 +269,7 @@ class ChainTask(SupervisedTask):
         supervisor: Supervisor,
         datasette: Any,
         choice: Choice,
-        begin: Callable[[], llm.models.AsyncChainResponse],
+        begin: Callable[[], Awaitable[llm.models.AsyncChainResponse]],
         slots: Slots,
         *,
         prompt: str | None,
@@ -305,7 +307,7 @@ class ChainTask(SupervisedTask):
         self.wake()
 
     async def work(self) -> None:
-        plan = self._begin()
+        plan = self._chain._begun = await self.interruptible(self._begin)
         limit = plan.chain_limit
         try:
             prompt = await self._resumed(plan)
@@ -414,15 +416,23 @@ class ChainTask(SupervisedTask):
         observed = response._observed if isinstance(response, PromptResponse) else response
 
         async def run() -> list[llm.ToolResult]:
-            return await execute_tool_calls(
+            results = await execute_tool_calls(
                 observed,
                 list(calls),
                 before_call=plan.before_call,
                 after_call=plan.after_call,
                 around=tool_span if self.supervisor.traced else unobserved,
             )
+            return [await self._with_types(result) for result in results]
 
         return await self.interruptible(run)
+
+    async def _with_types(self, result: llm.ToolResult) -> llm.ToolResult:
+        """Find the types of files that a tool points to, before llm does."""
+        if not need_finding({"attachments": result.attachments}):
+            return result
+        found = await find_types(self.supervisor.clients_here, result.attachments)
+        return replace(result, attachments=found)
 
     def cost(self) -> float | None:
         costs = [cost_of(response, self.choice.pricing) for response in self._chain._responses]

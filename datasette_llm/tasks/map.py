@@ -35,7 +35,7 @@ from anyio import CancelScope, get_cancelled_exc_class
 from ..backends.closing import close_quietly
 from ..backends.loops import LoopDoor
 from ..backends.signal import Signal
-from ..calls.attachments import find_types, need_finding
+from ..calls.attachments import need_finding, with_types
 from ..errors import PromptCancelled
 from ..responses.response import PromptResponse
 from .hook_scope import hooks_wrap_prompts
@@ -287,9 +287,8 @@ class MapRun(Generic[T]):
             self._drop(error)
             return
         try:
-            if need_finding(keywords.get("attachments")):
-                found = await find_types(self._supervisor.clients_here, keywords["attachments"])
-                keywords = {**keywords, "attachments": found}
+            if need_finding(keywords):
+                keywords = await with_types(self._supervisor.clients_here, keywords)
             task = self._make_task(keywords)
         except get_cancelled_exc_class():
             self._outstanding -= 1

@@ -78,6 +78,14 @@ class Browser:
     def click_link(self, text: str) -> None:
         self._do("POST", f"element/{self._find(text, using='partial link text')}/click", {})
 
+    def press(self, keys: str) -> None:
+        """Press keys one after the other, wherever the focus is."""
+        strokes = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
+        self._do("POST", "actions", {"actions": [{"type": "key", "id": "keyboard", "actions": strokes}]})
+
+    def resize(self, width: int, height: int) -> None:
+        self._do("POST", "window/rect", {"width": width, "height": height})
+
     def run(self, script: str) -> Any:
         return self._do("POST", "execute/sync", {"script": script, "args": []})
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import socket
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import anyio
 import anyio.from_thread
@@ -15,12 +13,12 @@ from ..fakes import FakeModel, registered
 from ..hooks import hooked
 from .browser import Browser, needs_browser, open_browser
 from .enriching import ANA, Site, register
+from .serving import served
 
 pytest.importorskip("datasette_enrichments", reason="datasette-enrichments is not installed")
-uvicorn = pytest.importorskip("uvicorn")
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncGenerator
     from pathlib import Path
 
 pytestmark = [pytest.mark.real_clock, pytest.mark.system, needs_browser]
@@ -31,19 +29,6 @@ SUBMIT = "form.core input[type=submit]"
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"  # Datasette serves its pages with it.
-
-
-@asynccontextmanager
-async def served(datasette: Any) -> AsyncIterator[str]:
-    """Serve a Datasette on a free port; yields its address."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(datasette.app(), log_level="warning", ws="none", lifespan="on")
-        server = uvicorn.Server(config)
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(server.serve, [listening])
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-            server.should_exit = True
 
 
 async def test_a_job_from_choosing_it_to_its_result(tmp_path: Path) -> None:

@@ -1,0 +1,98 @@
+"""The server's state in a real browser: it follows what happens, and anybody can use it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.from_thread
+import anyio.to_thread
+import pytest
+from datasette.app import Datasette
+
+from datasette_llm import LLM
+
+from ..fakes import FakeModel, registered
+from ..hooks import hooked
+from .axe import needs_axe, violations
+from .browser import Browser, needs_browser, open_browser
+from .serving import served
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+pytestmark = [pytest.mark.real_clock, pytest.mark.system, needs_browser]
+
+LANES, GROUPS = 'table[data-rows="lanes"]', 'table[data-rows="groups"]'
+#: The tables as the server writes them, and as the script does.
+WRITTEN = """
+const request = new XMLHttpRequest(); request.open("GET", location.href, false); request.send();
+const other = new DOMParser().parseFromString(request.responseText, "text/html");
+const cells = 'table[data-rows="lanes"] td, dd';
+const read = (page) => [...page.querySelectorAll(cells)].map((cell) => cell.textContent.trim());
+return [read(other), read(document)];
+"""
+TAB, SPACE, ENTER = "\ue004", " ", "\ue007"
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"  # Datasette serves its pages with it.
+
+
+@needs_axe
+async def test_it_follows_what_happens_and_can_be_used_with_the_keyboard(tmp_path: Any) -> None:
+    go_on = anyio.Event()
+
+    async def script(prompt: str) -> AsyncGenerator[str, None]:
+        if prompt == "wait":
+            await go_on.wait()
+        if prompt.startswith("Answer"):
+            raise ValueError("<b>not</b> today")
+        yield "answer"
+
+    def visit(browser: Browser, address: str) -> None:
+        browser.goto(f"{address}/-/llm")
+        browser.sees("testing", GROUPS)
+        for width in (1280, 360):
+            browser.resize(width, 900)
+            assert violations(browser) == []
+            assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
+        # Nobody reloads the page.
+        anyio.from_thread.run_sync(go_on.set)
+        browser.sees("No group of prompts or job is running.")
+        browser.until(lambda: browser.run("return document.querySelector('dd[data-key]').textContent") == "3")
+        by_server, by_script = browser.run(WRITTEN)
+        assert by_server == by_script
+        assert len(by_script) > 10
+
+        browser.goto(f"{address}/-/llm")
+        browser.run("document.querySelector('[data-updating] input').focus()")
+        browser.press(SPACE)
+        assert browser.run("return document.querySelector('[data-updating] input').checked") is False
+        while browser.run("return document.activeElement.id") != "llm-target":
+            browser.press(TAB)
+        browser.press("fake")
+        browser.press(TAB)
+        browser.press(ENTER)
+        browser.sees("fake did not answer", "[data-result]")
+        browser.sees("ValueError: <b>not</b> today", "[data-result]")
+        assert violations(browser) == []
+
+    settings = {"default_model": "fake", "prices": {"fake": {"input": 411_523, "output": 0}}}
+    datasette = Datasette(config={"plugins": {"datasette-llm": settings}})
+    datasette.root_enabled = True
+    with (
+        registered(FakeModel(script)),
+        hooked(actor_from_request=lambda request: {"id": "root"}),
+        open_browser() as browser,
+    ):
+        async with served(datasette) as address, anyio.create_task_group() as tasks:
+
+            async def job() -> None:
+                async with LLM(datasette).group("fake", purpose="testing") as model:
+                    async for _, response in model.map(["one", "two", "wait"]):
+                        assert await response.text() == "answer"
+
+            tasks.start_soon(job)
+            await anyio.to_thread.run_sync(visit, browser, address)

@@ -157,7 +157,8 @@ class WrappedAsyncModel:
         if not need_finding(kwargs):
             return kwargs
         supervisor, _ = self._owner()
-        return await with_types(supervisor.clients_here, kwargs)
+        takes = getattr(self.model, "attachment_types", ())
+        return await with_types(supervisor.clients_here, kwargs, takes)
 
     def _prompt_task(
         self,

@@ -24,7 +24,7 @@ from .clients.transport import http_options, library_that
 from .http_answers import watched
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
 #: How many addresses' types are remembered, and how long, in seconds.
 MOST_REMEMBERED = 10_000
@@ -91,29 +91,41 @@ def without_files(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name != "attachments"}
 
 
-async def with_types(clients: ClientSets | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
+async def with_types(
+    clients: ClientSets | None, arguments: Mapping[str, Any], takes: Collection[str] = ()
+) -> dict[str, Any]:
     """Return the arguments of a prompt, attachments with their types where finding these takes a request.
 
     Args:
         clients: the shared clients of whoever owns the prompt, if they belong to this event loop.
         arguments: as a prompt is given them; neither they nor the attachments are changed.
+        takes: the types that the model takes, if that is known.
 
     Raises:
-        AttachmentError: a host does not say what there is, or cannot be reached.
+        AttachmentError: a host does not say what there is, or cannot be reached, or it is of another type.
     """
     found = dict(arguments)
     if arguments.get("attachments"):
-        found["attachments"] = await find_types(clients, arguments["attachments"])
+        found["attachments"] = await find_types(clients, arguments["attachments"], takes)
     if any(map(_is_left, _in_messages(arguments.get("messages")))):
         found["messages"] = [await _message(clients, message) for message in arguments["messages"]]
     return found
 
 
 async def find_types(
-    clients: ClientSets | None, attachments: Iterable[llm.Attachment]
+    clients: ClientSets | None, attachments: Iterable[llm.Attachment], takes: Collection[str] = ()
 ) -> list[llm.Attachment]:
     """Do the same for attachments alone."""
-    return [await _find_type(clients, attachment) for attachment in attachments]
+    found = [await _find_type(clients, attachment) for attachment in attachments]
+    for attachment in found:
+        if takes and isinstance(attachment, LinkedAttachment) and attachment.type not in takes:
+            raise AttachmentError(not_taken(str(attachment.url), str(attachment.type), takes))
+    return found
+
+
+def not_taken(name: str, kind: str, takes: Collection[str]) -> str:
+    """Return what is said of an attachment that a model does not take."""
+    return f"the attachment {name} is {kind}, which the model does not take, only {', '.join(sorted(takes))}"
 
 
 def _in_messages(messages: Any) -> Iterator[Any]:

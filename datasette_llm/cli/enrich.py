@@ -91,6 +91,14 @@ what, how, limits, output = (section(name) for name in ("What", "How", "Limits",
     metavar="NAME",
     help="A text before the prompt: a file, a URL, or what llm fragments has.",
 )
+@what(
+    "--attachment",
+    "-a",
+    "attachments",
+    multiple=True,
+    metavar="TEMPLATE",
+    help="Goes with the prompt: -a '{{ image_url }}', an address or a file, or a column with a BLOB.",
+)
 @what("--extract", "-x", is_flag=True, help="Only the first fenced code block of an answer, if it has any.")
 @what("--where", metavar="SQL", help="Only rows for which this condition holds.")
 @what("--overwrite", is_flag=True, help="Also ask about rows that have a value, and replace it.")
@@ -213,6 +221,7 @@ def enrich_command(
     templates: tuple[str, ...],
     parameters: tuple[tuple[str, str], ...],
     fragments: tuple[str, ...],
+    attachments: tuple[str, ...],
     extract: bool,
     **asked: Any,
 ) -> None:
@@ -244,6 +253,7 @@ def enrich_command(
             options=dict(options),
             schema=read_schema_argument(asked["schema"]) if asked["schema"] is not None else None,
             extract="first" if extract else None,
+            attachments=attachments,
         ),
         templates,
         fragments=fragments,
@@ -263,6 +273,8 @@ def enrich_command(
         prompt=said.prompt,
         system=said.system,
         options=said.options,
+        attachments=said.attachments,
+        files=True,
         extract="last" if said.extract == "last" else said.extract is not None,
         key=_resolve_key(key),
         reuse=not no_reuse,

@@ -11,7 +11,7 @@ from .spec import JobSpec
 from .telling.report import EnrichProgress, EnrichReport, FailureKind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from pydantic import BaseModel
 
@@ -50,6 +50,7 @@ async def enrich(
     reuse: bool = True,
     record: bool = True,
     dry_run: bool = False,
+    attachments: Sequence[str] = (),
     extract: bool | Literal["last"] = False,
     allow_cut: bool = False,
     allow_empty: bool = False,
@@ -99,6 +100,8 @@ async def enrich(
         record: keep a record of the run and of what each value answers, in the tables ``_llm_runs`` and
             ``_llm_answers`` of the database; without it nothing is reused across runs.
         dry_run: count, render the first prompts, send and write nothing.
+        attachments: what goes with each prompt, as templates over the row: ``{{ image_url }}``, an address,
+            or ``{{ photo }}``, the content of a BLOB column. A row that has none of them is skipped.
         extract: the first fenced block of an answer is its value, or with ``"last"`` the last one; all of an
             answer that has none.
         allow_cut: write answers that ran out of tokens, too.
@@ -152,6 +155,7 @@ async def enrich(
         reuse=reuse,
         record=record,
         dry_run=dry_run,
+        attachments=tuple(attachments),
         extract=extract,
         allow_cut=allow_cut,
         allow_empty=allow_empty,

@@ -8,7 +8,7 @@ goes to the writer: values, or the row's failure.
 from __future__ import annotations
 
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from datasette_llm.responses.response import used_tokens
 from datasette_llm.secrecy import redacted
 
 from .answers.whole import check_finish, of_the_answer
+from .attaching import load
 from .database import read
 from .errors import DatabaseError, RowError
 from .reading.answered import find_answers
@@ -34,7 +35,9 @@ from .writing.results import Result
 from .writing.skipped import Forgetter
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Callable, Sequence
+
+    import llm
 
     from datasette_llm.responses.response import PromptResponse
 
@@ -58,6 +61,7 @@ class Asked:
         question: the hash of what is sent.
         error: why there is no prompt.
         pulled: when it was sent.
+        attachments: what is sent with it.
     """
 
     row: Row
@@ -65,6 +69,7 @@ class Asked:
     question: bytes
     error: RowError | None = None
     pulled: float = 0.0
+    attachments: Sequence[llm.Attachment] = ()
 
 
 class Asking:
@@ -190,7 +195,9 @@ class Asking:
                         wait = self._spacing.wait(now, self._model.stats.concurrency)
                         if wait:
                             await anyio.sleep(wait)
-                        yield Asked(each.row, each.prompt, each.question, pulled=now + wait)
+                        ready = await self._with_attachments(replace(each, pulled=now + wait))
+                        if ready is not None:
+                            yield ready
         await forgetter.flush()
 
     async def _is_to_send(self, asked: Asked) -> bool:
@@ -211,6 +218,25 @@ class Asking:
             return True
         return False
 
+    async def _with_attachments(self, asked: Asked) -> Asked | None:
+        """Return what is sent with what is attached to it; nothing if that cannot be had."""
+        plan = self._plan
+        if not plan.attachments:
+            return asked
+
+        def load_them() -> list[llm.Attachment]:
+            return load(plan.content(asked.row)[1], plan.takes)
+
+        try:
+            return replace(asked, attachments=await anyio.to_thread.run_sync(load_them))
+        except RowError as error:
+            self._ledger.answer(error)
+            self._writer.add(self._failure(asked.row, error))
+            for row in self._questions.given_up(asked.question):
+                self._ledger.shared(failed=True)
+                self._writer.add(self._failure(row, error))
+            return None
+
     def _reuse(self, row: Row, question: bytes, answer: Answer) -> None:
         self._ledger.save(answer)
         self._writer.add(
@@ -218,16 +244,25 @@ class Asking:
         )
 
     async def _rendered(self, page: list[Row]) -> list[Asked]:
+        asked: list[Asked] = []
+        for begin in range(0, len(page), RENDERED_PER_TURN):
+            rows = page[begin : begin + RENDERED_PER_TURN]
+            if self._plan.attachments:  # Files are read.
+                asked += await anyio.to_thread.run_sync(self._render, rows)
+            else:
+                asked += self._render(rows)
+                await checkpoint()
+        return asked
+
+    def _render(self, rows: list[Row]) -> list[Asked]:
         asked = []
-        for number, row in enumerate(page, 1):
+        for row in rows:
             try:
                 prompt, question = self._plan.question(row)
             except RowError as error:
                 asked.append(Asked(row, "", b"", error))
             else:
                 asked.append(Asked(row, prompt, question))
-            if not number % RENDERED_PER_TURN:
-                await checkpoint()
         return asked
 
     async def _look_up(self, page: list[Asked]) -> None:
@@ -281,8 +316,10 @@ class Asking:
 GRACE_SECONDS = 60.0
 
 
-def _prompt_of(asked: Asked) -> str:
-    return asked.prompt
+def _prompt_of(asked: Asked) -> str | dict[str, Any]:
+    if not asked.attachments:
+        return asked.prompt
+    return {"prompt": asked.prompt, "attachments": asked.attachments}
 
 
 def _result(row: Row, question: bytes, answer: Answer, *, reused: bool = False) -> Result:

@@ -58,11 +58,13 @@ class Survey:
         rows: how many there are.
         sample: some of them, in the order of the table.
         extra: characters that go with each prompt: the system prompt and the schema.
+        attachments: whether anything goes with them that is no text.
     """
 
     rows: int
     sample: list[Sampled]
     extra: int
+    attachments: bool = False
 
     @property
     def asked(self) -> int:
@@ -107,7 +109,7 @@ async def survey(plan: Plan, size: int = SAMPLED_ROWS) -> Survey:
             if place >= size:
                 continue
             try:
-                length = len(plan.template.render(row.values))
+                length = len(plan.content(row)[0])
             except RowError:
                 length = 0
             sampled = Sampled(rows, row.key, length)
@@ -118,7 +120,7 @@ async def survey(plan: Plan, size: int = SAMPLED_ROWS) -> Survey:
     limit = plan.spec.limit
     extra = len(plan.spec.system or "") + (len(json.dumps(plan.schema)) if plan.schema else 0)
     sample.sort(key=lambda each: each.position)
-    return Survey(rows if limit is None else min(rows, limit), sample, extra)
+    return Survey(rows if limit is None else min(rows, limit), sample, extra, bool(plan.attachments))
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,7 @@ class Estimate:
         input_cost: the part of the prompts.
         basis: what tokens are told from: ``"characters"``, ``"earlier runs"`` or ``"try"``.
         seconds: how long it takes, if that is known.
+        attachments: there are attachments, whose tokens nobody has counted.
     """
 
     model: str
@@ -146,6 +149,7 @@ class Estimate:
     input_cost: float | None = None
     basis: str = "characters"
     seconds: float | None = field(default=None)
+    attachments: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Return the estimate as data that JSON can show."""
@@ -158,6 +162,8 @@ class Estimate:
             f"{counted(self.rows, 'row')} to {self.model}",
             f"about {counted(self.input_tokens, 'token')} in{off}",
         ]
+        if self.attachments:
+            parts.append("attachments not counted")
         if self.output_tokens is None:
             parts.append("answers unknown")
         else:
@@ -205,6 +211,7 @@ def estimate_of(
         cost=pricing.cost(Usage(sent, received or 0)) if pricing else None,
         input_cost=pricing.cost(Usage(sent, 0)) if pricing else None,
         basis=basis,
+        attachments=found.attachments and basis == "characters",
     )
 
 

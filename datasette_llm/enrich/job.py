@@ -181,6 +181,7 @@ class EnrichJob:
                         report.model = model.model_id
                         self._spec.check_model(model, plan.schema)
                         plan = plan.for_model(model)
+                        await plan.check_attachments(model.model_id)
                         recorder = recorder_of(plan, model.model_id, versions_of(model))
                         await self._announce(plan, recorder)
                         writer = self._open_writer(plan, report, recorder)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .answers.outputs import Outputs
 from .answers.schema import read_schema
+from .attaching import FIRST_ROWS, check_first
 from .database import find_database, read, recover, write
 from .errors import EnrichInputError, RowError
 from .question import QuestionHasher
+from .reading.attached import AttachmentTemplate
 from .reading.pages import count_rows, first_rows
 from .reading.selection import FailedSelection, NamedSelection, Selection
 from .reading.stale import StaleSelection
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Awaitable, Callable, Mapping
 
+    from .reading.attached import Attached
     from .reading.selection import Row, Source
     from .reading.table import Table
     from .spec import JobSpec
@@ -44,6 +48,8 @@ class Plan:
         job: what runs on the same columns are recorded as, if there was one before.
         hasher: makes the identity of a question, once the model is known.
         options: all that the model is called with, once it is known.
+        attachments: the templates of what goes with a prompt.
+        takes: the types of attachments that the model takes, once it is known.
     """
 
     spec: JobSpec
@@ -55,6 +61,8 @@ class Plan:
     job: int | None = None
     hasher: QuestionHasher | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    attachments: tuple[AttachmentTemplate, ...] = ()
+    takes: frozenset[str] = frozenset()
 
     @property
     def source(self) -> Source:
@@ -72,9 +80,15 @@ class Plan:
         done = None
         if self.job is not None:
             done = has_no_value_sql(self.job, [f"{self.table.sql_name}.{key}" for key in self.table.key])
-        return Selection(
-            self.table, self.template.columns, self.outputs.marks, spec.where, spec.replaces, done
-        )
+        return Selection(self.table, self.columns, self.outputs.marks, spec.where, spec.replaces, done)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that a question is made of, in the order of the table."""
+        if not self.attachments:
+            return self.template.columns
+        used = set(self.template.columns).union(*(each.columns for each in self.attachments))
+        return tuple(name for name in self.table.column_names if name in used)
 
     @property
     def may_reuse_earlier(self) -> bool:
@@ -90,16 +104,48 @@ class Plan:
         spec = self.spec
         options = {**getattr(model, "default_options", {}), **spec.options}
         hasher = QuestionHasher(model.model_id, options=options, system=spec.system, schema=self.schema)
-        return replace(self, hasher=hasher, options=options)
+        takes = frozenset(getattr(model, "attachment_types", ()) or ())
+        return replace(self, hasher=hasher, options=options, takes=takes)
 
     def question(self, row: Row) -> tuple[str, bytes]:
         """Return the prompt of a row, empty if there is nothing to ask, and the hash of what is sent.
 
+        Reads the files that are attached: where there are attachments this belongs in a thread.
+
         Raises:
-            RowError: the prompt cannot be rendered.
+            RowError: the prompt cannot be rendered, or an attachment not be read.
+        """
+        prompt, attached = self.content(row)
+        if self.hasher is None or not prompt:
+            return prompt, b""
+        return prompt, self.hasher.digest(prompt, [each.identity() for each in attached])
+
+    def content(self, row: Row) -> tuple[str, list[Attached]]:
+        """Return the prompt of a row and what is attached; it is empty if nothing is that should be.
+
+        Raises:
+            RowError: the prompt cannot be rendered, or an attachment not be told.
         """
         prompt = self.template.render(row.values)
-        return prompt, self.hasher.digest(prompt) if self.hasher is not None and prompt else b""
+        if not prompt or not self.attachments:
+            return prompt, []
+        attached = [each.refer(row.values) for each in self.attachments]
+        there = [each for each in attached if each is not None]
+        return (prompt, there) if there else ("", [])
+
+    async def check_attachments(self, model_id: str) -> None:
+        """Look at what the first rows have attached.
+
+        Raises:
+            EnrichInputError: the model takes none of it.
+        """
+        if not self.attachments:
+            return
+        attached = []
+        for row in await first_rows(self.database, self.source, FIRST_ROWS):
+            with suppress(RowError):
+                attached.append(self.content(row)[1])
+        await check_first(attached, model_id, self.takes)
 
     async def check_first_row(self) -> bool:
         """Say whether there is a row, having rendered it: an attempt to leave the sandbox shows then.
@@ -155,7 +201,8 @@ class Plan:
 
     def _shown(self, row: Row) -> str:
         try:
-            return self.template.render(row.values)
+            prompt, attached = self.content(row)
+            return "\n".join([prompt, *(f"[attached: {each}]" for each in attached)])
         except RowError as error:
             return f"(row {_name(row)} would fail: {error})"
 
@@ -188,6 +235,9 @@ async def make_plan(datasette: Any, spec: JobSpec) -> Plan:
             f"No answers in {table.name!r} ({outputs.label}) are on record, so none can be told to be stale: "
             "--overwrite asks about all rows again"
         )
-    plan = Plan(spec, database, table, template, schema, outputs, job)
+    attachments = tuple(
+        AttachmentTemplate(source, table.column_names, files=spec.files) for source in spec.attachments
+    )
+    plan = Plan(spec, database, table, template, schema, outputs, job, attachments=attachments)
     await read(database, plan.rows.check)
     return plan

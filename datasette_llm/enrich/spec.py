@@ -38,6 +38,7 @@ class JobSpec:
 
     Attributes:
         only: the rows it is about, instead of all of the table.
+        files: whether attachments may be files of this machine: for a user of it, not for its visitors.
         by: who asks for it, for the record, if it is no actor.
     """
 
@@ -60,6 +61,8 @@ class JobSpec:
     reuse: bool = True
     record: bool = True
     dry_run: bool = False
+    attachments: tuple[str, ...] = ()
+    files: bool = False
     extract: bool | Literal["last"] = False
     allow_cut: bool = False
     allow_empty: bool = False
@@ -130,8 +133,8 @@ class JobSpec:
             schema: what answers have to be.
 
         Raises:
-            EnrichInputError: there is no key for the model, or it takes no schema, or not such options, or a
-            limit to its cost is given and its price is not known.
+            EnrichInputError: there is no key for the model, or it takes no schema, attachments, or not such
+            options, or a limit to its cost is given and its price is not known.
         """
         inner = getattr(model, "model", None)
         needs_key = getattr(inner, "needs_key", None)
@@ -140,6 +143,10 @@ class JobSpec:
         if schema is not None and not getattr(inner, "supports_schema", True):
             raise EnrichInputError(
                 f"The model {model.model_id!r} does not support schemas: do without, or choose another model"
+            )
+        if self.attachments and not getattr(inner, "attachment_types", None):
+            raise EnrichInputError(
+                f"The model {model.model_id!r} takes no attachments: do without, or choose another model"
             )
         if self.max_cost is not None and getattr(model, "pricing", None) is None:
             raise EnrichInputError(no_price(model.model_id))

@@ -19,6 +19,7 @@ from datasette_llm.responses.response import used_tokens
 from datasette_llm.secrecy import redacted
 
 from .answers.whole import check_finish
+from .attaching import load
 from .database import read
 from .estimate import estimate_of, survey
 from .plan import make_plan
@@ -26,6 +27,8 @@ from .telling.words import counted, dollars, duration
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from datasette_llm.responses.response import PromptResponse
 
     from .estimate import Estimate, Survey
     from .plan import Plan
@@ -138,15 +141,19 @@ async def _ask(datasette: Any, plan: Plan, found: Survey, rows: list[Row]) -> tu
     )
     async with group as model:
         spec.check_model(model, plan.schema)
+        plan = plan.for_model(model)
+        await plan.check_attachments(model.model_id)
         keywords = spec.prompt_keywords(plan.schema)
 
         async def ask(place: int, row: Row) -> None:
-            prompt = plan.template.render(row.values)
+            prompt, attached = plan.content(row)
             began = anyio.current_time()
-            response = await model.prompt(prompt, stream=False, **keywords)
             values: dict[str, Any] = {}
             error = None
+            response: PromptResponse | None = None
             try:
+                files = await anyio.to_thread.run_sync(load, attached, plan.takes) if attached else []
+                response = await model.prompt(prompt, stream=False, **keywords, attachments=files)
                 text = await response.text()
                 check_finish(response, text, allow_cut=spec.allow_cut)
                 parsed = plan.outputs.parse(text)
@@ -155,8 +162,8 @@ async def _ask(datasette: Any, plan: Plan, found: Survey, rows: list[Row]) -> tu
             except Exception as problem:
                 error = redacted(words_of(problem))
             seconds = anyio.current_time() - began
-            cost = cost_of(response, model.pricing)
-            used = used_tokens(response)
+            cost = None if response is None else cost_of(response, model.pricing)
+            used = (0, 0) if response is None else used_tokens(response)
             tried[place] = Tried(model.model_id, row.key, prompt, values, error, *used, cost, seconds)
 
         async with anyio.create_task_group() as tasks:

@@ -288,7 +288,8 @@ class MapRun(Generic[T]):
             return
         try:
             if need_finding(keywords):
-                keywords = await with_types(self._supervisor.clients_here, keywords)
+                takes = getattr(self._supervisor.choice.model, "attachment_types", ())
+                keywords = await with_types(self._supervisor.clients_here, keywords, takes)
             task = self._make_task(keywords)
         except get_cancelled_exc_class():
             self._outstanding -= 1

@@ -24,7 +24,7 @@ from ..errors import EnrichInputError, RowError
 from ..telling.words import counted, nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from ..sql import SQLValue
 
@@ -111,6 +111,8 @@ class PromptTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise EnrichInputError(f"The prompt is no valid template, line {error.lineno}: {error}") from None
         used = _check(tree, columns, env.globals)
+        inner = source.strip()[2:-2].strip("-+") if _is_one_expression(tree) else None
+        self._expression = None if inner is None else env.compile_expression(inner, undefined_to_none=False)
         self.columns = tuple(column for column in columns if column in used)
 
     def render(self, values: Mapping[str, SQLValue]) -> str:
@@ -120,16 +122,38 @@ class PromptTemplate:
             RowError: the template fails on this row.
             EnrichInputError: the template tried to leave the sandbox.
         """
+        prompt: str = self._evaluated(self._template.render, values)
+        return prompt if prompt.strip() else ""
+
+    def value(self, values: Mapping[str, SQLValue]) -> Any:
+        """Return the value of a template that is one expression, bytes as they are; else what it renders to.
+
+        Raises:
+            RowError: the template fails on this row.
+            EnrichInputError: the template tried to leave the sandbox.
+        """
+        value = self._evaluated(self._expression or self._template.render, values)
+        if isinstance(value, jinja2.Undefined):
+            raise RowError("the prompt cannot be rendered: it uses something that a row does not have")
+        return value
+
+    def _evaluated(self, evaluate: Callable[[dict[str, Any]], Any], values: Mapping[str, SQLValue]) -> Any:
         shown = {name: NULL if value is None else value for name, value in values.items()}
         try:
-            prompt = self._template.render({**shown, "row": shown})
+            return evaluate({**shown, "row": shown})
         except SecurityError as error:
             raise EnrichInputError(f"The prompt tries to leave the template sandbox: {error}") from None
         except RowError:
             raise
         except Exception as error:
             raise RowError(f"the prompt cannot be rendered: {type(error).__name__}: {error}") from error
-        return prompt if prompt.strip() else ""
+
+
+def _is_one_expression(tree: nodes.Template) -> bool:
+    match tree.body:
+        case [nodes.Output(nodes=[inner])]:
+            return not isinstance(inner, nodes.TemplateData)
+    return False
 
 
 def _check(tree: nodes.Template, columns: Sequence[str], env_globals: Mapping[str, Any]) -> set[str]:

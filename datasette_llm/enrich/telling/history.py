@@ -62,6 +62,8 @@ def repeat(run: Mapping[str, Any], database: str) -> str:
     words += ["--system", run["system"]] if run["system"] else []
     for name, value in (run["options"] or {}).items():
         words += ["--option", name, str(value)]
+    for source in spec.get("attachments") or ():
+        words += ["--attachment", source]
     for name in ("extract", "overwrite", "retry_failed", "stale"):
         words += [f"--{name.replace('_', '-')}"] if spec.get(name) else []
     return shlex.join(words)

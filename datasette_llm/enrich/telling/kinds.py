@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from datasette_llm.calls.attachments import AttachmentError
 from datasette_llm.calls.failures import classify
 from datasette_llm.calls.wording import UnusableAnswer
 
@@ -51,6 +52,8 @@ def kind_of(error: BaseException) -> str:
     """Return what happened; ``error`` where nothing is known but the exception."""
     if isinstance(error, RowError):
         return error.kind
+    if isinstance(error, AttachmentError):
+        return "attachment"
     chain = list(_chain(error))
     for one in chain:
         code = getattr(one, "code", None)

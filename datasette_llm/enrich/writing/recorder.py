@@ -118,6 +118,7 @@ def recorder_of(plan: Plan, model_id: str, versions: Mapping[str, str]) -> Recor
         "retry_failed": spec.retry_failed,
         "stale": spec.stale,
         "column": spec.column,
+        "attachments": list(spec.attachments) or None,
         "extract": spec.extract,
         "schema": spec.schema if isinstance(spec.schema, str) else None,
     }

@@ -212,6 +212,43 @@ async def test_super_and_the_attributes_of_a_function_carry_over() -> None:
         await pool.aclose()
 
 
+@pytest.mark.parametrize("form", ["super()", "super(Sub, self)"])
+async def test_what_an_inherited_method_makes_is_shared_where_a_model_calls_it(form: str) -> None:
+    with written(
+        "client = self.make()", "    def make(self):\n        return httpx.AsyncClient(base_url='http://x')"
+    ):
+        space = vars(sys.modules["a_plugin"])
+        exec(
+            "class Sub(Model):\n"
+            "    async def execute(self, prompt, *args, **kwargs):\n"
+            f"        async for chunk in {form}.execute(prompt, *args, **kwargs):\n"
+            f"            assert {form}.model_id == 'written'\n"
+            "            yield chunk\n"
+            "    def make(self):\n"
+            f"        return {form}.make()\n"
+            # A second step up.
+            "class SubSub(Sub):\n"
+            "    async def execute(self, prompt, *args, **kwargs):\n"
+            "        async for chunk in super().execute(prompt, *args, **kwargs):\n"
+            "            yield chunk\n",
+            space,
+        )
+        for kind in (space["Sub"], space["SubSub"]):
+            copy.copy(kind())
+            before = dict(vars(kind)), dict(space)
+            assert shares_clients(kind())
+            model, pool = new(kind), ClientPool()
+            assert pool.adopt(model)
+            for key in ("key-1", "key-1", "key-2"):
+                await ask(model, key)
+            first, again, other = model.notes.clients
+            assert first is again
+            assert other is not first
+            assert model.notes[0][3] is kind
+            assert (dict(vars(kind)), dict(space)) == before
+            await pool.aclose()
+
+
 async def test_what_the_code_finds_meanwhile_counts() -> None:
     class Fake:
         pass

@@ -12,6 +12,8 @@ import sys
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+from .survey import inherited
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -58,6 +60,8 @@ def rebind(found: Survey, held_by: Any, stand_in: Callable[[Any], Any]) -> Calla
                 vars(stand_in_of)[attribute] = anew[callee]
             elif way == "method":
                 _give_method(held_by, name, anew[callee])
+            elif way == "super":
+                space["super"] = SuperStandIn({old.function: new for old, new in anew.items()})
     return MethodType(anew[found.start], held_by)
 
 
@@ -102,6 +106,40 @@ def _give_method(held_by: Any, name: str, function: FunctionType) -> None:
     else:
         method = MethodType(function, type(held_by) if isinstance(held, classmethod) else held_by)
     vars(held_by)[name] = method
+
+
+class SuperStandIn:
+    """What stands for ``super`` in the copy of a module: it finds the methods that were made anew."""
+
+    def __init__(self, anew: dict[FunctionType, FunctionType]) -> None:
+        self._anew = anew
+
+    def __call__(self, *args: Any) -> Any:
+        if not args:
+            # As super() itself does it: from the class and the first argument of whoever calls.
+            frame = sys._getframe(1)
+            held = frame.f_locals
+            args = held["__class__"], held[frame.f_code.co_varnames[0]]
+        owner, held_by = args
+        return _Inherited(super(owner, held_by), owner, held_by, self._anew)
+
+
+class _Inherited:
+    """An object as a method's ``super()`` gives it."""
+
+    def __init__(self, real: Any, owner: type, held_by: Any, anew: dict[FunctionType, FunctionType]) -> None:
+        self.__dict__.update(_real=real, _owner=owner, _held_by=held_by, _anew=anew)
+
+    def __getattr__(self, name: str) -> Any:
+        held_by = self._held_by
+        if not isinstance(held_by, type):
+            found = inherited(type(held_by), self._owner, name)
+            if found in self._anew:
+                return MethodType(self._anew[found], held_by)
+        return getattr(self._real, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._real, name, value)
 
 
 def replaced(value: Any, stand_in: Callable[[Any], Any]) -> Any:

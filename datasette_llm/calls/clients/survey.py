@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 MOST_DEPTH = 5
 MOST_FUNCTIONS = 200
 
-Way = Literal["name", "attribute", "method", "cell"]
+#: Where classes come from whose code is nobody's business here.
+_NOBODYS = frozenset({"abc", "builtins", "typing"})
+
+Way = Literal["name", "attribute", "method", "super", "cell"]
 
 
 @dataclass(eq=False)
@@ -34,7 +37,8 @@ class Reached:
         makers: the globals among them that are wanted, or modules that hold a wanted one.
         imports: modules that it imports when it runs, which may hold client classes.
         calls: the helpers it calls, and how it finds each of them: by the name of a global, those of a
-            module and of an attribute, that of a method, or by the index of a cell of its closure.
+            module and of an attribute, that of a method, also of one that ``super()`` gives, or by the index
+            of a cell of its closure.
         refused: why it cannot be made anew, if it cannot.
     """
 
@@ -109,7 +113,7 @@ class _Reader:
     ) -> None:
         self._kind = kind
         self._wanted = wanted
-        self._own = {_root(kind), _root(function)}
+        self._own = {_root(base) for base in kind.__mro__} - _NOBODYS | {_root(function)}
         self._but = but
         self.seen: dict[FunctionType, Reached] = {}
 
@@ -165,8 +169,19 @@ class _Reader:
                 continue
             if self._is_followed(method):
                 yield "method", name, method
+        yield from self._inherited(reached)
         for index, value in _cells(function):
             yield "cell", index, value
+
+    def _inherited(self, reached: Reached) -> Iterator[tuple[Way, Any, FunctionType]]:
+        """The methods that a function calls on ``super()``."""
+        owner = _class_of(reached.function)
+        if owner not in self._kind.__mro__ or "super" not in reached.names:
+            return
+        for name in reached.names:
+            method = inherited(self._kind, owner, name)
+            if name != "get_client" and method is not None and self._is_followed(method):
+                yield "super", name, method
 
     def _is_followed(self, function: FunctionType) -> bool:
         """Helpers of the own package, and decorated ones, whose wrapper may be anybody's."""
@@ -174,6 +189,29 @@ class _Reader:
         if root in self._own:
             return root != "llm" or function.__module__.startswith("llm.default_plugins.")
         return any(True for _ in _cells(function))
+
+
+def inherited(kind: type, owner: type, name: str) -> FunctionType | None:
+    """Return what ``super()``, in a method of the class ``owner``, gives an instance of ``kind``.
+
+    Returns:
+        ``None`` if that is no plain method.
+    """
+    after = kind.__mro__[kind.__mro__.index(owner) + 1 :]
+    held = next((vars(base)[name] for base in after if name in vars(base)), None)
+    return held if isinstance(held, FunctionType) else None
+
+
+def _class_of(function: FunctionType) -> Any:
+    """The class in whose body a function was written, if it asks for that."""
+    free = function.__code__.co_freevars
+    if "__class__" not in free:
+        return None
+    cell = (function.__closure__ or ())[free.index("__class__")]
+    try:
+        return cell.cell_contents
+    except ValueError:  # pragma: no cover - the class was never made
+        return None
 
 
 def _names(code: CodeType) -> Iterator[str]:

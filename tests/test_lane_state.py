@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -13,7 +14,7 @@ from datasette_llm.pace.outcome import Outcome, Trouble
 from datasette_llm.pace.policy import ConcurrencyBounds, PromptSettings, RateLimit
 from datasette_llm.pace.registry import throttles_everywhere, throttles_here
 from datasette_llm.pace.state import state_of
-from datasette_llm.pace.tally import MINUTES, LastHour
+from datasette_llm.pace.tally import MINUTES, LastHour, Tally
 from datasette_llm.pace.throttle import Throttle
 from datasette_llm.tasks.live import live_groups
 from tests.fakes import FakeModel, registered
@@ -50,6 +51,13 @@ def test_an_hour_is_kept_by_the_minute_and_no_longer() -> None:
         hour.ended("failed")
     assert len(hour._minutes) == MINUTES
     assert hour.total().failed == MINUTES
+
+
+def test_all_that_is_counted_adds_up() -> None:
+    names = [field.name for field in fields(Tally)]
+    total = Tally(*range(len(names)))
+    total.add(Tally(*range(len(names))))
+    assert [getattr(total, name) for name in names] == [2 * number for number in range(len(names))]
 
 
 async def test_conditions_of_a_lane() -> None:

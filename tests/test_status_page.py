@@ -12,6 +12,9 @@ from datasette.app import Datasette
 from datasette.database import Database
 
 from datasette_llm import LLM, Purpose
+from datasette_llm.pace.policy import PromptSettings
+from datasette_llm.pace.registry import get_throttle
+from datasette_llm.pages.status.live import MOST, read_live
 
 from .fakes import FakeModel, registered
 from .hooks import hooked, llm_models
@@ -230,6 +233,18 @@ async def test_a_form_of_another_site_is_refused() -> None:
         "/-/llm/test", data={"target": "model:fake"}, headers=headers, cookies=cookies
     )
     assert answer.status_code == 403
+
+
+async def test_however_many_lanes_there_are_so_many_are_told() -> None:
+    datasette = site()
+    with registered(FakeModel()):
+        for number in range(MOST + 7):
+            get_throttle(None, f"model-{number}", PromptSettings()).hour.ended("ok")
+        told = read_live(datasette)
+    assert len(told["lanes"]) == MOST
+    assert told["lanes_not_shown"] >= 7
+    assert told["lanes"][0]["model"] == f"model-{MOST + 6}"
+    assert told["minutes"][-1]["answered"] == MOST + 7
 
 
 async def test_looking_reads_no_database_but_for_the_permission(monkeypatch: pytest.MonkeyPatch) -> None:

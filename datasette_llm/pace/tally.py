@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -48,11 +48,16 @@ class Tally:
 
     def add(self, other: Tally) -> None:
         """Add what was counted in another time or place."""
-        for name in _NAMES:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-
-_NAMES = tuple(field.name for field in fields(Tally))
+        self.answered += other.answered
+        self.refused += other.refused
+        self.failed += other.failed
+        self.cancelled += other.cancelled
+        self.retries += other.retries
+        self.input_tokens += other.input_tokens
+        self.output_tokens += other.output_tokens
+        self.cost += other.cost
+        self.priced += other.priced
+        self.unpriced += other.unpriced
 
 
 class LastHour:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ...pace.throttle import Throttle
     from ...tasks.group_supervisor import GroupSupervisor
 
-#: So many lanes are told, those that are busy first, and so many groups.
+#: So many lanes and groups are told.
 MOST = 50
 #: What stands for the name of a key where a model needs none.
 NO_KEY = "no key"
@@ -29,11 +29,9 @@ NO_KEY = "no key"
 
 def read_live(datasette: Datasette) -> dict[str, Any]:
     """Return how things stand now."""
-    throttles = throttles_here()
-    lanes = sorted(
-        map(_lane, throttles),
-        key=lambda lane: (-lane["in_flight"] - lane["waiting"], -lane["hour"]["requests"]),
-    )
+    # Those that are busy first, then those that were used last.
+    throttles = throttles_here()[::-1]
+    throttles.sort(key=lambda throttle: throttle.in_use + throttle.waiting, reverse=True)
     groups = [group for group in live_groups() if group.datasette is datasette]
     total = Tally()
     minutes = [Tally() for _ in range(MINUTES)]
@@ -42,8 +40,8 @@ def read_live(datasette: Datasette) -> dict[str, Any]:
             minutes[ago].add(tally)
             total.add(tally)
     return {
-        "lanes": lanes[:MOST],
-        "lanes_not_shown": max(0, len(lanes) - MOST),
+        "lanes": [_lane(throttle) for throttle in throttles[:MOST]],
+        "lanes_not_shown": max(0, len(throttles) - MOST),
         "groups": [_group(group) for group in groups[:MOST]],
         "groups_not_shown": max(0, len(groups) - MOST),
         "hour": _figures(total),

@@ -47,6 +47,10 @@ def shutdown(datasette: Datasette) -> Any:
             from ..pages.enrichments.runs import end_runs
 
             await end_runs(datasette)
+        if "datasette_llm.pages.jobs.live" in sys.modules:
+            from ..pages.jobs.live import end_jobs
+
+            await end_jobs(datasette)
         await drain()
 
     return end_all()
@@ -128,10 +132,11 @@ def menu_links(datasette: Datasette, actor: dict[str, Any] | None) -> Any:
 
 @hookimpl(tryfirst=True)
 def register_routes(datasette: Datasette) -> list[Any]:
-    """Show the server's state, and check permissions in front of datasette-enrichments' pages, if any."""
-    from ..pages.status.routes import routes
+    """Show the server's state and jobs, and check permissions in front of datasette-enrichments' pages."""
+    from ..pages.jobs.routes import routes as jobs
+    from ..pages.status.routes import routes as status
 
-    return [*routes(), *_routes_before_enrichments()]
+    return [*status(), *jobs(), *_routes_before_enrichments()]
 
 
 def _routes_before_enrichments() -> list[Any]:
@@ -146,3 +151,39 @@ def _routes_before_enrichments() -> list[Any]:
     from ..pages.enrichments.routes import routes
 
     return routes()
+
+
+@hookimpl
+def table_actions(datasette: Datasette, actor: Any, database: str, table: str, request: Any) -> Any:
+    """Offer a job about the rows that a table's page shows."""
+
+    async def links() -> list[dict[str, str]]:
+        from ..pages.jobs.menus import of_table
+
+        return await of_table(datasette, actor, database, table, request)
+
+    return links
+
+
+@hookimpl
+def database_actions(datasette: Datasette, actor: Any, database: str) -> Any:
+    """Offer the list of a database's jobs, if it has any."""
+
+    async def links() -> list[dict[str, str]]:
+        from ..pages.jobs.menus import of_database
+
+        return await of_database(datasette, actor, database)
+
+    return links
+
+
+@hookimpl
+def top_row(datasette: Datasette, database: str, table: str, row: Any) -> Any:
+    """Say on a row's page which model gave which value."""
+
+    async def html() -> Any:
+        from ..pages.jobs.row import answers_of
+
+        return await answers_of(datasette, database, table, row)
+
+    return html

@@ -15,8 +15,8 @@ from .enriching import ANA, Site, register
 pytest.importorskip("datasette_enrichments", reason="datasette-enrichments is not installed")
 
 from datasette_llm.enrich.reading.template import PromptTemplate
+from datasette_llm.pages.columns import column_reference
 from datasette_llm.pages.enrichments import versions
-from datasette_llm.pages.enrichments.form import column_reference
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -120,6 +120,7 @@ def recorder_of(plan: Plan, model_id: str, versions: Mapping[str, str]) -> Recor
         "column": spec.column,
         "attachments": list(spec.attachments) or None,
         "extract": spec.extract,
+        "max_cost": spec.max_cost,
         "schema": spec.schema if isinstance(spec.schema, str) else None,
     }
     return Recorder(

@@ -12,6 +12,7 @@ from ...enrich.answers.outputs import Outputs
 from ...enrich.answers.schema import read_schema
 from ...enrich.errors import EnrichInputError
 from ...enrich.reading.template import PromptTemplate
+from ..columns import column_reference
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -19,18 +20,6 @@ if TYPE_CHECKING:
     from ...enrich.reading.table import Table
 
 _LINES = "height: {}em; font-family: monospace"
-
-
-def column_reference(name: str) -> str:
-    """Return how a prompt shows a column: by its name, if Jinja reads that as one."""
-    plain = "{{ " + name + " }}"
-    try:
-        if name.isidentifier() and name != "row" and PromptTemplate(plain, [name]).columns == (name,):
-            return plain
-    except EnrichInputError:
-        pass
-    escaped = name.replace("\\", "\\\\").replace('"', '\\"')
-    return '{{ row["' + escaped + '"] }}'
 
 
 def make_form(table: Table, models: Mapping[str, bool], *, may_add_columns: bool) -> type[Form]:

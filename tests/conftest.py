@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
+import importlib.metadata
 import os
 import selectors
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import certifi
 import llm.plugins
 import pytest
 import trio.testing
@@ -93,6 +95,27 @@ def pytest_configure(config: pytest.Config) -> None:
         # llm before 0.35 makes a hundred classes of options each time it lists its models, a tenth of
         # a second that nearly every test would wait for.
         openai_models.build_options_class = functools.cache(openai_models.build_options_class)
+    # Each Datasette asks for the versions of its plugins, and reads their metadata for that.
+    read = importlib.metadata.Distribution.metadata.fget  # type: ignore[attr-defined]
+    importlib.metadata.Distribution.metadata = property(functools.cache(read))  # type: ignore[assignment, method-assign]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector away from thousands of tests and all that they import."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_certificates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let SDKs load one certificate for each client that they make, not two hundred. Nobody here has TLS."""
+    path = tmp_path_factory.mktemp("certificates") / "one.pem"
+    end = "-----END CERTIFICATE-----\n"
+    path.write_text(certifi.contents().partition(end)[0] + end, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("SSL_CERT_FILE", str(path))
+        yield
 
 
 @pytest.fixture(autouse=True)

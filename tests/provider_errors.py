@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,14 @@ if TYPE_CHECKING:
 
 def openai_error(status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> Exception:
     """What the OpenAI client raises: for OpenAI itself, Groq, OpenRouter, DeepSeek, xAI, litellm."""
-    client = openai.OpenAI(api_key="sk-x", base_url="http://provider.invalid")
     request = httpx2.Request("POST", "http://provider.invalid/")
     response = httpx2.Response(status, headers=headers, request=request, json=body)
-    return client._make_status_error_from_response(response)
+    return _openai_client()._make_status_error_from_response(response)
+
+
+@functools.cache
+def _openai_client() -> openai.OpenAI:
+    return openai.OpenAI(api_key="sk-x", base_url="http://provider.invalid")
 
 
 class AnthropicError(Exception):

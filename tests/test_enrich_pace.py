@@ -16,6 +16,7 @@ from datasette_llm.enrich.spacing import FIRST_GAP_SECONDS, Spacing
 from .enrich_tables import TableFile, fake_model
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 
@@ -110,6 +111,16 @@ async def test_answers_that_trickle_in_share_a_transaction(tmp_path: Path) -> No
     file.close()
 
 
+@pytest.fixture
+def nothing_frozen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Undo what conftest.py does for all tests."""
+    monkeypatch.setattr(collector, "_frozen_by_others", False)
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+@pytest.mark.usefixtures("nothing_frozen")
 def test_what_was_there_before_a_job_is_collected_after_it() -> None:
     class Node:
         other: Node
@@ -134,6 +145,7 @@ def test_what_was_there_before_a_job_is_collected_after_it() -> None:
     assert seen
 
 
+@pytest.mark.usefixtures("nothing_frozen")
 def test_jobs_that_always_overlap_keep_no_garbage_for_ever() -> None:
     class Node:
         other: Node
@@ -157,6 +169,7 @@ def test_jobs_that_always_overlap_keep_no_garbage_for_ever() -> None:
     assert gc.get_freeze_count() == 0
 
 
+@pytest.mark.usefixtures("nothing_frozen")
 def test_a_process_that_freezes_its_objects_meanwhile_keeps_them_frozen() -> None:
     kept: list[list[int]] = []
     try:
@@ -168,6 +181,7 @@ def test_a_process_that_freezes_its_objects_meanwhile_keeps_them_frozen() -> Non
         gc.unfreeze()
 
 
+@pytest.mark.usefixtures("nothing_frozen")
 def test_a_process_that_froze_its_objects_keeps_them_frozen() -> None:
     gc.freeze()
     try:

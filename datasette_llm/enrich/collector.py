@@ -21,6 +21,13 @@ FROZEN_BY_PYTHON = 1_000
 # Event loops of several threads may have jobs.
 _lock = threading.Lock()
 
+# What was made just after the block that is open froze the older objects. To count those means to go over all
+# of them, which takes as long as a collection; this tells without.
+_witness: list[None] | None = None
+
+# Once for the process, for the same reason.
+_frozen_by_others = False
+
 
 @contextmanager
 def spare_older_objects() -> Iterator[None]:
@@ -29,18 +36,23 @@ def spare_older_objects() -> Iterator[None]:
     Reference counts free objects as always; cycles among the older ones wait for the end. Of blocks that
     overlap only the first one freezes, and ends it: freezing again would keep the garbage of every job
     until none is running, which in a busy server is never. A process that has frozen objects itself
-    (``gc.freeze()``), before or meanwhile, is left as it is.
+    (``gc.freeze()``), before or meanwhile, is left as it is, from then on.
     """
+    global _witness, _frozen_by_others
     with _lock:
-        ours = gc.get_freeze_count() <= FROZEN_BY_PYTHON
+        ours = _witness is None and not _frozen_by_others
+        if ours and gc.get_freeze_count() > FROZEN_BY_PYTHON:
+            ours, _frozen_by_others = False, True
         if ours:
             gc.freeze()
-            frozen = gc.get_freeze_count()
+            _witness = []
     try:
         yield
     finally:
         if ours:
             with _lock:
-                # Reference counts only ever make them fewer: if they are more, somebody else froze some.
-                if gc.get_freeze_count() <= frozen:
+                witness, _witness = _witness, None
+                # What is frozen is not listed.
+                _frozen_by_others = not any(found is witness for found in gc.get_objects())
+                if not _frozen_by_others:
                     gc.unfreeze()

@@ -376,7 +376,7 @@ async def test_a_server_that_is_up_loads_it_for_its_default_models(
 def threads_that_load(monkeypatch: pytest.MonkeyPatch) -> list[threading.Thread]:
     threads: list[threading.Thread] = []
 
-    def load(model: Any) -> None:
+    def load(model: Any, backend: str) -> None:
         threads.append(threading.current_thread())
         loading._loaded.add(type(model))
 

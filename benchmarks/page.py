@@ -14,7 +14,7 @@ import time
 from http.client import HTTPConnection
 from pathlib import Path
 from statistics import median, quantiles
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import anyio.to_thread
@@ -52,6 +52,7 @@ def _visit(work: Work, result: Result, kind: type[Enrichment]) -> None:
         database.commit()
         database.close()
         command = [sys.executable, "-m", "benchmarks.page_server", work.url, str(path), str(work.concurrency)]
+        command += ["look"] * work.look
         with subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as process:
@@ -60,12 +61,16 @@ def _visit(work: Work, result: Result, kind: type[Enrichment]) -> None:
             try:
                 visitor = Visitor(process.stdout.readline().strip())
                 visitor.look(10)
+                lag = {"before": visitor.lag()}
                 idle = visitor.look(max(50, work.n // 5))
+                lag["idle"] = visitor.lag()
                 started = time.perf_counter()
                 busy: list[float] = []
                 with kind(work, path, visitor) as enrichment:
                     while enrichment.is_running():
                         busy += visitor.look(20)
+                lag["busy"] = visitor.lag()
+                result.extra["lag"] = {name: lag[name] for name in ("idle", "busy")}
                 result.extra["enrichment_seconds"] = time.perf_counter() - started
                 visitor.close()
             finally:
@@ -163,6 +168,11 @@ class Visitor:
             assert b"</table>" in content
             time.sleep(PAUSE_SECONDS)
         return seconds
+
+    def lag(self) -> dict[str, Any]:
+        """Return how late the server's event loop was since this was last asked."""
+        found: dict[str, Any] = json.loads(self.get("/-/benchmark-lag"))
+        return found
 
     def close(self) -> None:
         self._connection.close()

@@ -1,8 +1,9 @@
 """A Datasette server that serves a table and, when asked to, enriches it at the same time.
 
-``python -m benchmarks.page_server PROVIDER_URL DATABASE CONCURRENCY`` prints its address.
+``python -m benchmarks.page_server PROVIDER_URL DATABASE CONCURRENCY [look]`` prints its address.
 ``/-/benchmark-start`` starts the enrichment as a background task, ``/-/benchmark-state`` says how
-far it is.
+far it is, ``/-/benchmark-lag`` how late the event loop was since it was last asked; with ``look`` also
+what it was doing then.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from datasette.plugins import pm
 
 from datasette_llm import enrich
 
+from .loop_lag import LoopLag
 from .models import MODEL_ID, registered
 
 PROMPT = "Describe the surroundings of {{ name }} ({{ iata }}) in {{ city }}, {{ state }}."
@@ -30,7 +32,9 @@ class EnrichmentOnDemand:
 
     __name__ = "benchmark-pages"
 
-    def __init__(self, table: str, concurrency: int) -> None:
+    def __init__(self, table: str, concurrency: int, *, look: bool) -> None:
+        self.lag = LoopLag(look=look)
+        self.measuring: Any = None
         self.table = table
         self.concurrency = concurrency
         self.task: Any = None
@@ -39,6 +43,9 @@ class EnrichmentOnDemand:
         await enrich(
             datasette, self.table, "airports", PROMPT, column="surroundings", concurrency=self.concurrency
         )
+
+    async def measure(self, datasette: Datasette) -> None:
+        await self.lag.run()
 
     @hookimpl  # type: ignore[untyped-decorator]
     def register_routes(self) -> list[tuple[str, Any]]:
@@ -50,7 +57,18 @@ class EnrichmentOnDemand:
             error = self.task.exception
             return Response.json({"state": self.task.state, "error": repr(error) if error else None})
 
-        return [(r"^/-/benchmark-start$", start), (r"^/-/benchmark-state$", state)]
+        async def lag(datasette: Datasette) -> Response:
+            if self.measuring is None and hasattr(datasette, "add_background_task"):
+                self.measuring = datasette.add_background_task(self.measure, name="benchmark lag")
+            figures = self.lag.figures
+            self.lag.reset()
+            return Response.json(figures)
+
+        return [
+            (r"^/-/benchmark-start$", start),
+            (r"^/-/benchmark-state$", state),
+            (r"^/-/benchmark-lag$", lag),
+        ]
 
 
 def main() -> None:
@@ -61,7 +79,7 @@ def main() -> None:
         config={"plugins": {"datasette-llm": {"default_model": MODEL_ID}}},
         settings={"num_sql_threads": 3},
     )
-    pm.register(EnrichmentOnDemand(Path(path).stem, concurrency))
+    pm.register(EnrichmentOnDemand(Path(path).stem, concurrency, look=sys.argv[4:] == ["look"]))
     listener = socket.create_server(("127.0.0.1", 0))
     # As a server has it that opens its own socket: asyncio cannot tell that this one is TCP.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

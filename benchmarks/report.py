@@ -146,6 +146,9 @@ def found(result: Result) -> str:
         for name in ("idle", "busy")
         if name in extra
     ]
+    if "lag" in extra:
+        lag = extra["lag"]["busy"]
+        notes.append(f"loop late: p99 {lag['p99_ms']:.1f} ms, longest {lag['longest_ms']:.0f} ms")
     return "; ".join(notes)
 
 

@@ -20,6 +20,7 @@ class Work:
         server: settings of the provider.
         config: this package's configuration, besides the model.
         fast: whether this package may use aiohttp, if that is installed.
+        look: whether a server's event loop is looked at when it is late.
         backend: ``asyncio`` or ``trio``; filled in by the harness, as is the next.
         url: the provider's address.
     """
@@ -32,6 +33,7 @@ class Work:
     server: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     fast: bool = True
+    look: bool = False
     backend: str = "asyncio"
     url: str = ""
 

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import anyio.to_thread
 
 from datasette_llm._compat import BaseExceptionGroup
 from datasette_llm.access.settings import get_settings
@@ -59,6 +62,8 @@ FIRST_CONTACT_SECONDS = 10.0
 DEADLINE_GRACE_SECONDS = 60.0
 # How long the rows left are counted after an early end, while somebody waits for the prompt.
 RECOUNT_SECONDS = 2.0
+#: With it comes all that prompts need of this package, which no start of Datasette loads.
+_PROMPTING = "datasette_llm.facade"
 
 
 class EnrichJob:
@@ -148,6 +153,9 @@ class EnrichJob:
             ledger.cancel_at = min(
                 ledger.cancel_at, ledger.began + self._spec.deadline + DEADLINE_GRACE_SECONDS
             )
+        if _PROMPTING not in sys.modules:
+            # A tenth of a second in which a server's event loop would answer no page.
+            await anyio.to_thread.run_sync(import_module, _PROMPTING)
         async with open_side():
             plan = await make_plan(self._datasette, self._spec)
             columns = tuple(output.name for output in plan.outputs.columns)
@@ -156,7 +164,7 @@ class EnrichJob:
                 plan = await self._for_model(plan, report)
                 await plan.preview(report)
             else:
-                with only_job(plan.database, plan.table.name, columns), spare_older_objects():
+                with only_job(plan.database, plan.table.name, columns):
                     plan = await self._take_up(plan, report)
                     if self._spec.stale:
                         plan = await self._for_model(plan, report)
@@ -189,7 +197,9 @@ class EnrichJob:
                         tasks.start_soon(self._keep_counting, plan, report)
                         tasks.start_soon(self._keep_reporting, report)
                         asking = Asking(plan, model, writer, ledger, report, self.stop)
-                        await asking.run()
+                        # Not before: opening the group has loaded the SDK, which stays.
+                        with spare_older_objects():
+                            await asking.run()
                 if self._prompting.cancelled_caught:
                     ledger.stopping = ledger.stopping or "deadline"
                 if writer is not None:

@@ -75,8 +75,13 @@ async def read_filters(datasette: Any, request: Any, database: str, table: str) 
     if not clauses:
         return Filtered()
     words += [f"where {clause}" for clause in request.args.getlist("_where")]
-    where = "\nand ".join(f"({with_literals(clause, parameters)}\n)" for clause in clauses)
+    where = " and ".join(_in_brackets(with_literals(clause, parameters)) for clause in clauses)
     return Filtered(where, filters.human_description_en(extra=words))
+
+
+def _in_brackets(clause: str) -> str:
+    # The newline ends an SQL comment of somebody's own condition.
+    return f"({clause}\n)" if "--" in clause else f"({clause})"
 
 
 def with_literals(sql: str, parameters: Mapping[str, Any]) -> str:

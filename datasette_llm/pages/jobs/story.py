@@ -149,7 +149,10 @@ def in_words(told: dict[str, Any]) -> list[tuple[str, str]]:
     if told["elapsed"] is not None:
         figures.append(("Time taken", duration(told["elapsed"])))
     figures.append(("Tokens", f"{told['input_tokens']:,} in, {told['output_tokens']:,} out"))
-    figures.append(("Cost", "no price known" if told["cost"] is None else dollars(told["cost"])))
+    if told["cost"] is not None:
+        figures.append(("Cost", dollars(told["cost"])))
+    elif told["state"] not in ("interrupted", "elsewhere"):  # It is on record when a run has ended.
+        figures.append(("Cost", "no price known"))
     if told["retries"]:
         figures.append(("Tried again", f"{told['retries']:,}"))
     return figures

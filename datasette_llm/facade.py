@@ -9,6 +9,7 @@ import llm
 
 from .access.keys import KeyRing, know_key
 from .access.permissions import Plan, authorize, filter_by_hooks, get_plan, resolve_model_id
+from .access.pricing_plugins import find_plugin_price
 from .calls.choice import Choice
 from .calls.loading import import_model_plugins, load_in_thread
 from .calls.prices import find_pricing, in_batches
@@ -167,7 +168,9 @@ class LLM:
             purpose=purpose,
             actor=actor,
             settings=plan.prompt_settings(chosen),
-            pricing=plan.price(chosen) or await find_pricing(model),
+            pricing=plan.price(chosen)
+            or await find_plugin_price(self.datasette, chosen)
+            or await find_pricing(model),
             key_name=key_name,
         )
 

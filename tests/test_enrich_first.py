@@ -12,8 +12,10 @@ import yaml
 from click.testing import CliRunner
 from datasette.cli import cli
 
-from datasette_llm.enrich import JobSpec
-from datasette_llm.enrich.estimate import estimate_job
+from datasette_llm.enrich import JobSpec, estimate
+from datasette_llm.enrich.estimate import estimate_job, survey
+from datasette_llm.enrich.plan import make_plan
+from datasette_llm.enrich.reading import selection
 from datasette_llm.enrich.trial import in_words, try_rows
 
 from .enrich_tables import TableFile
@@ -157,3 +159,18 @@ def test_the_command_stops_at_max_cost_and_says_how_to_go_on(file: TableFile, tm
     assert done.exit_code == 0
     assert "the limit to the cost is reached" in done.output
     assert "Go on with:" in done.output
+
+
+@pytest.mark.real_clock
+async def test_of_a_long_table_a_few_rows_from_everywhere_are_rendered(
+    file: TableFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "ALL_ROWS", 50)
+    monkeypatch.setattr(selection, "COUNT_ROWS", 10)
+    with registered(Counting()):
+        plan = await make_plan(file.datasette(), spec())
+        found = await survey(plan, 20)
+    assert found.rows == 100
+    places = [each.position for each in found.sample]
+    assert (len(places), places[:4], places[-1] > 85) == (20, [1, 2, 12, 13], True)
+    assert [each.key for each in found.sample] == [(each.position,) for each in found.sample]

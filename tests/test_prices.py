@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from datasette.app import Datasette
+from datasette.plugins import pm
 
 from datasette_llm import LLM
+from datasette_llm.access.pricing_plugins import find_plugin_price
 from datasette_llm.calls.prices import Price, Usage, find_pricing, told_in_headers, usage_of
 from datasette_llm.enrich import EnrichInputError, enrich
 from datasette_llm.enrich.telling.words import dollars
@@ -177,3 +180,34 @@ async def test_a_purpose_may_have_its_own_limit(tmp_path: Any) -> None:
 )
 def test_money_for_people(cost: float, text: str) -> None:
     assert dollars(cost) == text
+
+
+class _Provider:
+    """Like one of datasette-llm-accountant's: nanocents for tokens; knows one model."""
+
+    def __init__(self, steps: int = 0) -> None:
+        self.steps = steps
+
+    async def supported_models(self) -> set[str]:
+        return {"fake"}
+
+    async def calculate_cost_from_response(self, model_id: str, usage: Any, response: Any) -> int:
+        cost: int = usage.input * 300_000 + usage.output * 1_200_000 + self.steps
+        return cost
+
+
+@pytest.mark.parametrize(("steps", "known"), [(0, True), (10**12, False)])
+async def test_a_pricing_plugin_is_asked_before_the_list(
+    steps: int, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Hook:
+        def get_hookimpls(self) -> list[int]:
+            return [1]
+
+        def __call__(self, datasette: Any) -> _Provider:
+            return _Provider(steps)
+
+    monkeypatch.setattr(pm, "hook", SimpleNamespace(register_llm_accountant_pricing=Hook()))
+    price = await find_plugin_price(cast("Any", None), "fake")
+    assert price == (Price(3.0, 12.0) if known else None)
+    assert await find_plugin_price(cast("Any", None), "other") is None

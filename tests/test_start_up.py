@@ -19,6 +19,7 @@ FOR_PROMPTS = {
     "datasette_llm.enrich",
     "datasette_llm.facade",
     "datasette_llm.models",
+    "genai_prices",
     "jinja2.sandbox",
     "llm",
     "openai",

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
     from ..enrich.spec import JobSpec
 
-#: A run does not wait longer for the line that says what it would take.
-LINE_SECONDS = 2.0
-
 
 def show_trial(
     make: Callable[[], Any],
@@ -66,28 +63,35 @@ _BASES = {
 }
 
 
-def asking_first(*, yes: bool, quiet: bool) -> Callable[[Any, JobSpec], Awaitable[None]]:
-    """Return what a run begins with: on a terminal the estimate, and a question if that is much."""
+def asking_first(
+    *, yes: bool, quiet: bool
+) -> Callable[[Any, JobSpec], Awaitable[Callable[[], Awaitable[str]] | None]]:
+    """Return what a run begins with: on a terminal the estimate, and a question if that is much.
 
-    async def before(datasette: Any, spec: JobSpec) -> None:
-        import anyio
+    Where nothing has to be asked, nobody waits for the estimate: what is returned tells it beside the run.
+    """
 
+    async def before(datasette: Any, spec: JobSpec) -> Callable[[], Awaitable[str]] | None:
         from ..access.settings import get_settings
         from ..enrich.estimate import estimate_job
 
         limit = get_settings(datasette).money(spec.purpose, "confirm_above")
         shown = sys.stderr.isatty() and not quiet
         if spec.dry_run or not (shown or (limit is not None and not yes)):
-            return
-        found = None
-        with anyio.move_on_after(LINE_SECONDS if limit is None or yes else float("inf")):
-            found = await estimate_job(datasette, spec)
-        if found is None or not found.rows:
-            return
+            return None
+        if limit is None or yes:
+
+            async def tell() -> str:
+                return (await estimate_job(datasette, spec)).line()
+
+            return tell
+        found = await estimate_job(datasette, spec)
+        if not found.rows:
+            return None
         if shown:
             click.echo(found.line(), err=True)
-        if limit is None or yes or (found.cost is not None and found.cost <= limit):
-            return
+        if found.cost is not None and found.cost <= limit:
+            return None
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise InputProblem(
                 f"{found.line()}: above confirm_above (${limit:g}), and nobody can be asked: "
@@ -95,6 +99,7 @@ def asking_first(*, yes: bool, quiet: bool) -> Callable[[Any, JobSpec], Awaitabl
             )
         if not click.confirm("Go on?", err=True):
             raise SystemExit(2)
+        return None
 
     return before
 
@@ -105,12 +110,10 @@ def _with_job(
     backend: str,
     function: Callable[[Any, JobSpec], Awaitable[Any]],
 ) -> Any:
-    from dataclasses import replace
-
-    from ..enrich.command import started_datasette
+    from ..enrich.command import for_the_one_database, started_datasette
 
     async def main() -> Any:
         async with started_datasette(make, lock_timeout=spec.lock_timeout) as datasette:
-            return await function(datasette, replace(spec, database=next(iter(datasette.databases))))
+            return await function(datasette, await for_the_one_database(datasette, spec))
 
     return run(main, backend)

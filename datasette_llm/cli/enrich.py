@@ -195,6 +195,7 @@ what, how, limits, output = (section(name) for name in ("What", "How", "Limits",
 @output("--dry-run", is_flag=True, help="Count the rows, show the first three prompts; send nothing.")
 @output("--yes", "-y", is_flag=True, help="Do not ask, however much it may cost (confirm_above).")
 @output("--no-record", is_flag=True, help="Keep no record of the run and of what values answer.")
+@output("--log", is_flag=True, help="Also write each response to llm's own log, for: llm logs")
 @output("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
 @output("--quiet", is_flag=True, help="No progress and no summary, only errors.")
 @click.pass_context

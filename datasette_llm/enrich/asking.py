@@ -16,6 +16,7 @@ import anyio
 from anyio.lowlevel import checkpoint
 
 from datasette_llm.calls.failures import words_of
+from datasette_llm.calls.prices import cost_of
 from datasette_llm.errors import PromptCancelled, ProviderUnreachable
 from datasette_llm.responses.response import used_tokens
 from datasette_llm.secrecy import redacted
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from .reading.selection import Row
     from .telling.report import EnrichReport
     from .telling.stopped import RefusedReason
+    from .writing.llm_log import LlmLog
     from .writing.writer import Writer
 
 #: Prompts rendered in one turn of the event loop: half a millisecond, of which no page notices anything.
@@ -83,12 +85,14 @@ class Asking:
         ledger: Ledger,
         report: EnrichReport,
         stop: Callable[..., None],
+        log: LlmLog | None = None,
     ) -> None:
         """Prepare to ask.
 
         Args:
             plan: with the hash of its questions.
             model: the group's.
+            log: what keeps the responses for llm.
             stop: the job's: called with a reason, and the seconds of grace for prompts in flight.
         """
         self._plan = plan
@@ -97,6 +101,7 @@ class Asking:
         self._ledger = ledger
         self._report = report
         self._stop = stop
+        self._log = log
         self._spacing = Spacing()
         self._refusals = Refusals(tolerant=plan.spec.max_failures is not None)
         self._questions: Questions[Row] = Questions(reuse=plan.spec.reuse)
@@ -116,6 +121,8 @@ class Asking:
         spec, outputs = self._plan.spec, self._plan.outputs
         try:
             text = await response.text()
+            if self._log is not None:
+                await self._log.add(response)
             check_finish(response, text, allow_cut=spec.allow_cut)
             values = outputs.parse(text)
         except PromptCancelled:
@@ -129,7 +136,8 @@ class Asking:
             self._ledger.answer()
             self._spacing.answered(anyio.current_time() - asked.pulled)
             answer = Answer(values, *used_tokens(response))
-            self._writer.add(_result(asked.row, asked.question, answer))
+            cost = cost_of(response, self._model.pricing)
+            self._writer.add(replace(_result(asked.row, asked.question, answer), cost=cost))
             for row in self._questions.answered(asked.question, answer):
                 self._ledger.shared()
                 self._reuse(row, asked.question, answer)
@@ -309,6 +317,7 @@ class Asking:
             response.attempts,
             input_tokens=sent,
             output_tokens=received,
+            cost=cost_of(response, self._model.pricing),
         )
 
 

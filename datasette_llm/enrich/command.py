@@ -11,7 +11,7 @@ import os
 import signal
 import sqlite3
 import sys
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +21,11 @@ import anyio
 from datasette_llm._compat import BaseExceptionGroup
 from datasette_llm.access.starting import warn
 from datasette_llm.backends.datasette_side import call, open_side
+from datasette_llm.errors import ModelNotFoundError
 from datasette_llm.pace.descriptors import raise_limit
 
 from .database import LOCKED_SECONDS, recover
-from .errors import EnrichInputError
+from .errors import EnrichError, EnrichInputError
 from .job import EnrichJob, raise_bare
 from .record.runs import list_runs
 from .telling.display import warnings_through
@@ -81,28 +82,59 @@ async def run_job(
     make_datasette: Callable[[], Any],
     spec: JobSpec,
     display: Display,
-    before: Callable[[Any, JobSpec], Awaitable[None]] | None = None,
+    before: Callable[[Any, JobSpec], Awaitable[Callable[[], Awaitable[str]] | None]] | None = None,
 ) -> EnrichReport:
     """Run a job on the one database of a Datasette, under the signals of a terminal.
 
     Args:
-        before: called with the Datasette and the job before it runs.
+        before: called with the Datasette and the job before it runs. What it returns is called while the job
+            runs, and its answer shown; if the job is done before that, it is not.
     """
     raise_limit()
     async with started_datasette(make_datasette, lock_timeout=spec.lock_timeout) as datasette:
-        spec = replace(spec, database=next(iter(datasette.databases)))
-        if before is not None:
-            await before(datasette, spec)
+        spec = await for_the_one_database(datasette, spec)
+        tell = await before(datasette, spec) if before is not None else None
         job = EnrichJob(datasette, spec, on_progress=display.update)
         try:
             async with anyio.create_task_group() as tasks:
                 await tasks.start(_obey_signals, job, display)
+                if tell is not None:
+                    tasks.start_soon(_tell, tell, display)
                 with warnings_through(display):
                     report = await job.run()
                 tasks.cancel_scope.cancel()
         except BaseExceptionGroup as group:
             raise_bare(group)
     return report
+
+
+async def _tell(tell: Callable[[], Awaitable[str]], display: Display) -> None:
+    # What is wrong with the job, it says itself; a database that cannot be read, too.
+    with suppress(EnrichError, ModelNotFoundError):
+        display.note(await tell())
+
+
+async def for_the_one_database(datasette: Any, spec: JobSpec) -> JobSpec:
+    """Return a job for the one database of a Datasette, with llm's default model where nothing names one.
+
+    Raises:
+        ModelNotFoundError: llm has no default model either.
+    """
+    import llm
+
+    from datasette_llm.facade import LLM
+
+    spec = replace(spec, database=next(iter(datasette.databases)))
+    if spec.model is not None:
+        return spec
+    try:
+        await LLM(datasette)._resolve_model_id(None, spec.purpose, spec.actor)
+    except ModelNotFoundError as error:
+        model = llm.get_default_model(default=None)
+        if model is None:
+            raise ModelNotFoundError(f"{error}, give one with -m, or choose: llm models default ID") from None
+        return replace(spec, model=model)
+    return spec
 
 
 async def _obey_signals(job: EnrichJob, display: Display, *, task_status: anyio.abc.TaskStatus[None]) -> None:

@@ -1,6 +1,6 @@
 """What a job would take, before anything is sent: rows, tokens and dollars, each with how sure that is.
 
-All rows that wait are counted, and a sample of them, drawn evenly from the whole table, is rendered. Tokens
+All rows that wait are counted, and a sample of them, from all of the table, is rendered. Tokens
 are told from characters: four to a token (what providers give as a rule of thumb), or from what earlier runs
 of the same prompt really used.
 """
@@ -30,10 +30,14 @@ if TYPE_CHECKING:
     from datasette_llm.calls.prices import Pricing
 
     from .plan import Plan
+    from .reading.selection import Row
     from .spec import JobSpec
     from .sql import SQLValue
 
 SAMPLED_ROWS = 1_000
+#: So many rows are all read for a sample; of longer tables, some from each of so many places at most.
+ALL_ROWS = 50_000
+MOST_STRETCHES = 100
 CHARACTERS_A_TOKEN = 4.0
 #: How far the rule of thumb may be off: languages, tables and code differ by that.
 RULE_ERROR = 0.25
@@ -99,6 +103,26 @@ async def survey(plan: Plan, size: int = SAMPLED_ROWS) -> Survey:
     Raises:
         DatabaseError: the database cannot be read.
     """
+    stretches: list[tuple[int, tuple[SQLValue, ...] | None]] = []
+    after: tuple[SQLValue, ...] | None = None
+    rows = 0
+    while True:
+        found, end = await read(plan.database, partial(plan.source.count, after=after))
+        if found:
+            stretches.append((rows, after))
+        rows += found
+        if end is None:
+            break
+        after = end
+    whole = rows <= ALL_ROWS
+    sample = await (_drawn(plan, size) if whole else _from_everywhere(plan, stretches, size))
+    limit = plan.spec.limit
+    extra = len(plan.spec.system or "") + (len(json.dumps(plan.schema)) if plan.schema else 0)
+    return Survey(rows if limit is None else min(rows, limit), sample, extra, bool(plan.attachments))
+
+
+async def _drawn(plan: Plan, size: int) -> list[Sampled]:
+    """Draw from all rows, each as likely as the others."""
     chosen = random.Random(0)  # The same table gives the same sample.
     sample: list[Sampled] = []
     rows = 0
@@ -108,19 +132,35 @@ async def survey(plan: Plan, size: int = SAMPLED_ROWS) -> Survey:
             rows += 1
             if place >= size:
                 continue
-            try:
-                length = len(plan.content(row)[0])
-            except RowError:
-                length = 0
-            sampled = Sampled(rows, row.key, length)
+            sampled = _sampled(plan, row, rows)
             if place < len(sample):
                 sample[place] = sampled
             else:
                 sample.append(sampled)
-    limit = plan.spec.limit
-    extra = len(plan.spec.system or "") + (len(json.dumps(plan.schema)) if plan.schema else 0)
     sample.sort(key=lambda each: each.position)
-    return Survey(rows if limit is None else min(rows, limit), sample, extra, bool(plan.attachments))
+    return sample
+
+
+async def _from_everywhere(
+    plan: Plan, stretches: list[tuple[int, tuple[SQLValue, ...] | None]], size: int
+) -> list[Sampled]:
+    """Take the first rows of stretches all over a table that is too long to be read for this."""
+    number = min(len(stretches), MOST_STRETCHES)
+    each = -(-size // number)
+    sample: list[Sampled] = []
+    for place in range(number):
+        before, after = stretches[place * len(stretches) // number]
+        page, _ = await read(plan.database, partial(plan.source.page, after=after, size=each))
+        sample += [_sampled(plan, row, before + number) for number, row in enumerate(page, 1)]
+    return sample
+
+
+def _sampled(plan: Plan, row: Row, position: int) -> Sampled:
+    try:
+        length = len(plan.content(row)[0])
+    except RowError:
+        length = 0
+    return Sampled(position, row.key, length)
 
 
 @dataclass(frozen=True, slots=True)

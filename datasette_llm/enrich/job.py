@@ -36,6 +36,7 @@ from .ledger import Ledger
 from .plan import make_plan
 from .reading.pages import count_rows
 from .telling.report import EnrichReport
+from .writing.llm_log import LlmLog
 from .writing.lock import only_job
 from .writing.recorder import recorder_of, versions_of
 from .writing.take_up import side_file_of, take_up
@@ -158,6 +159,8 @@ class EnrichJob:
             await anyio.to_thread.run_sync(import_module, _PROMPTING)
         async with open_side():
             plan = await make_plan(self._datasette, self._spec)
+            for doubt in plan.doubts:
+                logger.warning("%s", doubt[0].upper() + doubt[1:])
             columns = tuple(output.name for output in plan.outputs.columns)
             report = EnrichReport(self._spec.database, plan.table.name, columns)
             if self._spec.dry_run:
@@ -182,6 +185,7 @@ class EnrichJob:
         try:
             async with anyio.create_task_group() as tasks:
                 writer: Writer | None = None
+                log = LlmLog() if self._spec.log else None
                 written = anyio.Event()
                 with anyio.CancelScope(deadline=ledger.cancel_at) as self._prompting:
                     async with self._open_group(self._spec) as model:
@@ -196,7 +200,9 @@ class EnrichJob:
                         tasks.start_soon(_run_then_set, writer, written)
                         tasks.start_soon(self._keep_counting, plan, report)
                         tasks.start_soon(self._keep_reporting, report)
-                        asking = Asking(plan, model, writer, ledger, report, self.stop)
+                        if log is not None:
+                            tasks.start_soon(log.run)
+                        asking = Asking(plan, model, writer, ledger, report, self.stop, log)
                         # Not before: opening the group has loaded the SDK, which stays.
                         with spare_older_objects():
                             await asking.run()
@@ -207,6 +213,8 @@ class EnrichJob:
                     await written.wait()
                     report.write_seconds = writer.seconds
                     plan = writer.plan
+                if log is not None:
+                    await log.aclose()
                 tasks.cancel_scope.cancel()
         except BaseExceptionGroup as group:
             raise_bare(group)

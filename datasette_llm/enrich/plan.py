@@ -133,6 +133,22 @@ class Plan:
         there = [each for each in attached if each is not None]
         return (prompt, there) if there else ("", [])
 
+    @property
+    def doubts(self) -> list[str]:
+        """What is allowed, and hardly meant: in words."""
+        doubts: list[str] = []
+        own = [name for name in self.outputs.existing if name in self.columns]
+        if own and self.spec.overwrite:
+            doubts.append(
+                f"the prompt is made from {own[0]!r}, which --overwrite replaces: run twice, it asks about "
+                "its own answers"
+            )
+        if not self.columns:
+            doubts.append(
+                "the prompt uses no column, so that all rows ask the same: {{ column }} stands for a value"
+            )
+        return doubts
+
     async def check_attachments(self, model_id: str) -> None:
         """Look at what the first rows have attached.
 

@@ -38,6 +38,7 @@ class JobSpec:
 
     Attributes:
         only: the rows it is about, instead of all of the table.
+        log: whether responses go to llm's own log database, too.
         files: whether attachments may be files of this machine: for a user of it, not for its visitors.
         by: who asks for it, for the record, if it is no actor.
     """
@@ -63,6 +64,7 @@ class JobSpec:
     dry_run: bool = False
     attachments: tuple[str, ...] = ()
     files: bool = False
+    log: bool = False
     extract: bool | Literal["last"] = False
     allow_cut: bool = False
     allow_empty: bool = False

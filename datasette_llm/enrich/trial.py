@@ -5,9 +5,11 @@ Nothing is written. Several models can be asked about the same rows, to be compa
 
 from __future__ import annotations
 
+import logging
 import textwrap
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -35,6 +37,10 @@ if TYPE_CHECKING:
     from .reading.selection import Row
     from .spec import JobSpec
 
+logger = logging.getLogger("datasette_llm")
+
+#: A column for a model has so many characters at least.
+NARROWEST = 24
 #: From fewer rows the length of answers is a guess.
 FEW_ROWS = 20
 
@@ -101,6 +107,8 @@ async def try_rows(datasette: Any, spec: JobSpec, number: int, models: Sequence[
     """
     async with open_side():
         plan = await make_plan(datasette, spec)
+        for doubt in plan.doubts:
+            logger.warning("%s", doubt[0].upper() + doubt[1:])
         found = await survey(plan)
         rows = await _spread(plan, found, number)
         trial = Trial(plan.table.name, tuple(output.name for output in plan.outputs.columns), found.rows)
@@ -210,20 +218,16 @@ def in_words(trial: Trial, width: int) -> str:
             f"No row of {trial.table} ({', '.join(trial.columns)}) is waiting for a value: nothing was sent."
         )
     lines: list[str] = []
-    several = len(trial.estimates) > 1
-    row: tuple[Any, ...] | None = None
-    for tried in trial.answers:
-        if tried.pk != row:
-            row = tried.pk
-            shown = row[0] if len(row) == 1 else row
-            lines += ["", _cut(f"Row {shown!r}: {tried.prompt}", width)]
-        if several:
-            lines.append(f"  {tried.model}")
-        if tried.error is not None:
-            lines.append(_cut(f"  failed: {tried.error}", 3 * width))
-        for name, value in tried.values.items():
-            lines.append(_cut(f"  {name}: {value}", 3 * width))
-        lines.append(f"  {_took(tried)}")
+    for of_row in _by_row(trial.answers):
+        key = of_row[0].pk
+        shown = key[0] if len(key) == 1 else key
+        lines += ["", _cut(f"Row {shown!r}: {of_row[0].prompt}", width)]
+        if len(of_row) > 1:
+            lines += _side_by_side(of_row, width)
+            continue
+        for text in _said(of_row[0]):
+            lines.append(_cut(f"  {text}", 3 * width))
+        lines.append(f"  [{', '.join(_took(of_row[0]))}]")
     lines.append("")
     for whole in trial.estimates:
         about = whole.line()
@@ -235,10 +239,39 @@ def in_words(trial: Trial, width: int) -> str:
     return "\n".join(_wrap(line, width) for line in lines).lstrip("\n")
 
 
-def _took(tried: Tried) -> str:
+def _by_row(answers: Sequence[Tried]) -> list[list[Tried]]:
+    rows: dict[tuple[Any, ...], list[Tried]] = {}
+    for tried in answers:
+        rows.setdefault(tried.pk, []).append(tried)
+    return list(rows.values())
+
+
+def _said(tried: Tried) -> list[str]:
+    if tried.error is not None:
+        return [f"failed: {tried.error}"]
+    return [f"{name}: {value}" for name, value in tried.values.items()]
+
+
+def _took(tried: Tried) -> list[str]:
     cost = "no price known" if tried.cost is None else dollars(tried.cost)
     tokens = f"{counted(tried.input_tokens, 'token')} in, {tried.output_tokens:,} out"
-    return f"[{tokens}, {cost}, {duration(tried.seconds)}]"
+    return [tokens, cost, duration(tried.seconds)]
+
+
+def _side_by_side(of_row: Sequence[Tried], width: int) -> list[str]:
+    """Return what models answered to a row in columns; below each other where these would be too narrow."""
+    gap = "  "
+    each = max(NARROWEST, (width - 2) // len(of_row) - len(gap))
+    at_once = max(1, (width - 2) // (each + len(gap)))
+    lines: list[str] = []
+    for begin in range(0, len(of_row), at_once):
+        cells = []
+        for tried in of_row[begin : begin + at_once]:
+            texts = [tried.model, *(_cut(text, 4 * each) for text in _said(tried)), *_took(tried)]
+            cells.append([line for text in texts for line in textwrap.wrap(text, each) or [""]])
+        rows = zip_longest(*cells, fillvalue="")
+        lines += ["  " + gap.join(text.ljust(each) for text in row).rstrip() for row in rows]
+    return lines
 
 
 def _cut(text: str, width: int) -> str:

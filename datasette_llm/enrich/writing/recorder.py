@@ -65,6 +65,7 @@ class Recorder:
             failed=len(outcome.failed),
             input_tokens=sum(each.input_tokens or 0 for each in answered),
             output_tokens=sum(each.output_tokens or 0 for each in answered),
+            cost=sum(each.cost or 0.0 for each in answered),
         )
         add_numbers(conn, run, numbers)
         return run

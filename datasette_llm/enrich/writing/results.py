@@ -17,6 +17,7 @@ class Result:
     Attributes:
         question: the hash of what was asked, if it is known.
         no_value: the answer was that there is none: the values are all NULL.
+        cost: in dollars, if it is known.
         reused: the values are those of another row, which asked the same.
     """
 
@@ -29,6 +30,7 @@ class Result:
     question: bytes | None = None
     input_tokens: int | None = None
     output_tokens: int | None = None
+    cost: float | None = None
     no_value: bool = False
     reused: bool = False
 

@@ -177,10 +177,11 @@ async def test_models_and_purposes_with_their_keys_and_what_is_missing(
 
 @pytest.mark.usefixtures("_fake")
 async def test_a_test_prompt_is_answered_in_the_page_or_as_json() -> None:
-    datasette = site(default_model="fake")
+    datasette = site(default_model="fake", prices={"fake": {"input": 2_000_000, "output": 1_000_000}})
     page = await post(datasette, {"target": "purpose:enrichments"})
     assert "fake answered</strong>" in page.text
     assert 'value="purpose:enrichments" selected' in page.text
+    assert "6 tokens sent, 1 received, $13.000000." in page.text
     told = (await post(datasette, {"target": "model:fake"}, accept="application/json")).json()
     assert told.pop("seconds") >= 0
     assert told == {
@@ -191,6 +192,7 @@ async def test_a_test_prompt_is_answered_in_the_page_or_as_json() -> None:
         "finish_reason": "unknown",
         "input_tokens": 6,
         "output_tokens": 1,
+        "cost": 13.0,
     }
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from ...calls.failures import classify
+from ...calls.prices import cost_of
 from ...errors import ModelNotFoundError
 from ...facade import LLM
 from ...secrecy import redacted
@@ -61,6 +62,7 @@ async def send_test_prompt(
                 "finish_reason": response.finish_reason,
                 "input_tokens": usage.input,
                 "output_tokens": usage.output,
+                "cost": cost_of(response, model.pricing),
             }
     except TimeoutError as error:
         told["error"] = _shown(str(error)) or f"no answer within {SECONDS:g} seconds"

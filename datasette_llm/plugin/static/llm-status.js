@@ -112,7 +112,8 @@
     said.append(who, ` after ${told.seconds.toFixed(2)} s: ${told.ok ? told.answer : told.error}`);
     if (told.remedy) paragraph(told.remedy);
     if (told.ok && told.input_tokens !== null) {
-      paragraph(`${told.input_tokens} tokens sent, ${told.output_tokens} received.`);
+      const cost = told.cost === null ? "no price known" : `$${told.cost.toFixed(6)}`;
+      paragraph(`${told.input_tokens} tokens sent, ${told.output_tokens} received, ${cost}.`);
     }
   };
   form.addEventListener("submit", async (event) => {

@@ -351,3 +351,33 @@ def test_a_long_history_stays_short() -> None:
     assert chart is not None
     assert chart.highest_rate == pytest.approx(3)
     assert chart.costs
+
+
+async def test_the_servers_state_tells_of_jobs_on_tables_that_one_may_see(file: TableFile) -> None:
+    go_on, begun = anyio.Event(), anyio.Event()
+
+    async def wait(prompt: str) -> Any:
+        begun.set()
+        await go_on.wait()
+        yield "said"
+
+    async def state(actor: dict[str, Any]) -> dict[str, Any]:
+        return dict((await pages.get("/-/llm.json?live=1", actor)).json())
+
+    with fake_model(wait):
+        async with site(file) as pages:
+            pages.datasette.config["permissions"]["llm-status"] = {"id": ["ana", "ben"]}
+            assert (await state(ANA))["jobs"] == []
+            file.run("insert into secret (word) values ('hush')")
+            path = await pages.run("/data/-/llm/enrich/secret")
+            await begun.wait()
+            (job,) = (await state(ANA))["jobs"]
+            assert (job["database"], job["table"], job["state"]) == ("data", "secret", "running")
+            assert job["path"] == path
+            assert f'<a href="{path}">data: secret</a>' in (await pages.get("/-/llm")).text
+            told = await state(BEN)
+            assert (told["jobs"], told["jobs_not_shown"]) == ([], 1)
+            assert "secret" not in json.dumps(told)
+            go_on.set()
+            await pages.ended(path)
+            assert (await state(ANA))["jobs"] == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -11,6 +13,8 @@ import pytest
 from datasette.app import Datasette
 
 from datasette_llm import LLM
+from datasette_llm.enrich.spec import JobSpec
+from datasette_llm.pages.jobs import live
 
 from ..fakes import FakeModel, registered
 from ..hooks import hooked
@@ -21,15 +25,20 @@ from .serving import served
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-pytestmark = [pytest.mark.real_clock, pytest.mark.system, needs_browser]
+pytestmark = [
+    pytest.mark.real_clock,
+    pytest.mark.system,
+    needs_browser,
+    pytest.mark.skipif(not live.is_possible(Datasette), reason="this Datasette has no background tasks"),
+]
 
-LANES, GROUPS = 'table[data-rows="lanes"]', 'table[data-rows="groups"]'
+GROUPS, JOBS = 'table[data-rows="groups"]', 'table[data-rows="jobs"]'
+JOB = "/data/-/llm/jobs/1"
 #: The tables as the server writes them, and as the script does.
 WRITTEN = """
 const request = new XMLHttpRequest(); request.open("GET", location.href, false); request.send();
 const other = new DOMParser().parseFromString(request.responseText, "text/html");
-const cells = 'table[data-rows="lanes"] td, dd';
-const read = (page) => [...page.querySelectorAll(cells)].map((cell) => cell.textContent.trim());
+const read = (page) => [...page.querySelectorAll('CELLS')].map((cell) => cell.textContent.trim());
 return [read(other), read(document)];
 """
 TAB, SPACE, ENTER = "\ue004", " ", "\ue007"
@@ -45,24 +54,35 @@ async def test_it_follows_what_happens_and_can_be_used_with_the_keyboard(tmp_pat
     go_on = anyio.Event()
 
     async def script(prompt: str) -> AsyncGenerator[str, None]:
-        if prompt == "wait":
+        if "wait" in prompt:
             await go_on.wait()
         if prompt.startswith("Answer"):
             raise ValueError("<b>not</b> today")
         yield "answer"
 
+    async def begin_job() -> None:
+        spec = JobSpec(database="data", table="words", prompt="Now {{ word }}", column="said", model="fake")
+        await live.start(datasette, spec)
+
     def visit(browser: Browser, address: str) -> None:
         browser.goto(f"{address}/-/llm")
         browser.sees("testing", GROUPS)
+        # It has begun since, and the page has found out by itself.
+        anyio.from_thread.run(begin_job)
+        browser.sees("data: words", JOBS)
+        by_server, by_script = browser.run(WRITTEN.replace("CELLS", f"{JOBS} td"))
+        assert by_script[:2] == by_server[:2] == ["data: words", "running"]
+        assert browser.run(f"return document.querySelector('{JOBS} a').getAttribute('href')") == JOB
         for width in (1280, 360):
             browser.resize(width, 900)
             assert violations(browser) == []
             assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
         # Nobody reloads the page.
         anyio.from_thread.run_sync(go_on.set)
-        browser.sees("No group of prompts or job is running.")
-        browser.until(lambda: browser.run("return document.querySelector('dd[data-key]').textContent") == "3")
-        by_server, by_script = browser.run(WRITTEN)
+        browser.sees("No group of prompts is running.")
+        browser.sees("No job of this server is running.")
+        browser.until(lambda: browser.run("return document.querySelector('dd[data-key]').textContent") == "4")
+        by_server, by_script = browser.run(WRITTEN.replace("CELLS", 'table[data-rows="lanes"] td, dd'))
         assert by_server == by_script
         assert len(by_script) > 10
 
@@ -80,7 +100,10 @@ async def test_it_follows_what_happens_and_can_be_used_with_the_keyboard(tmp_pat
         assert violations(browser) == []
 
     settings = {"default_model": "fake", "prices": {"fake": {"input": 411_523, "output": 0}}}
-    datasette = Datasette(config={"plugins": {"datasette-llm": settings}})
+    with closing(sqlite3.connect(tmp_path / "data.db")) as conn, conn:
+        conn.execute("create table words (id integer primary key, word text)")
+        conn.execute("insert into words (word) values ('wait')")
+    datasette = Datasette([str(tmp_path / "data.db")], config={"plugins": {"datasette-llm": settings}})
     datasette.root_enabled = True
     with (
         registered(FakeModel(script)),

@@ -206,6 +206,11 @@ def find(datasette: Any, database: str, number: int) -> LiveJob | None:
     return None
 
 
+def under_way(datasette: Any) -> list[LiveJob]:
+    """Return the jobs of this Datasette that have not ended."""
+    return [live for live in _jobs.get(datasette, ()) if not live.ended.is_set()]
+
+
 async def end_jobs(datasette: Any) -> None:
     """Stop what runs for this Datasette; returns when all that was answered is written."""
     jobs = _jobs.get(datasette, ())

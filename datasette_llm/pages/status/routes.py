@@ -39,7 +39,7 @@ async def _page(datasette: Any, request: Any) -> Any:
 async def _json(datasette: Any, request: Any) -> Any:
     """Answer with all that the page shows; with ``?live=1`` only with what changes from moment to moment."""
     await _check(datasette, request)
-    answer = {"ok": True, **_live(datasette)}
+    answer = {"ok": True, **await _live(datasette, request.actor)}
     if not request.args.get("live"):
         from .models import read_models
 
@@ -70,7 +70,7 @@ async def _rendered(datasette: Any, request: Any, **context: Any) -> Any:
     from .chart import bars
     from .models import read_models
 
-    live = _live(datasette)
+    live = await _live(datasette, request.actor)
     models = await read_models(datasette, request.actor)
     page = await datasette.render_template(
         "llm_status.html",
@@ -80,11 +80,13 @@ async def _rendered(datasette: Any, request: Any, **context: Any) -> Any:
     return _private(Response.html(page))
 
 
-def _live(datasette: Any) -> dict[str, Any]:
+async def _live(datasette: Any, actor: dict[str, Any] | None) -> dict[str, Any]:
+    from .jobs import read_jobs
     from .live import read_live
 
     now = datetime.datetime.now(datetime.timezone.utc)
-    return {"generated_at": now.isoformat(timespec="seconds"), **read_live(datasette)}
+    jobs = await read_jobs(datasette, actor)
+    return {"generated_at": now.isoformat(timespec="seconds"), **jobs, **read_live(datasette)}
 
 
 def _private(response: Any) -> Any:

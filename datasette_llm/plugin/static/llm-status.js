@@ -18,6 +18,8 @@
       Object.entries(value).map(([source, rate]) => `${rate.toFixed(1)} a second, ${source}`).join("; ") ||
       "not known",
     state: (value, row) => (row.away ? `${value}: ${away(row.away)}` : value),
+    doing: (value, row) => (row.waiting_for ? `${value}: ${row.waiting_for}` : value),
+    rows: (value, row) => words.count(value) + (row.total === null ? "" : ` of ${words.count(row.total)}`),
     text: (value) => (value === null ? "none" : String(value)),
   };
   const at = (row, key) => key.split(".").reduce((value, name) => value[name], row);
@@ -41,7 +43,13 @@
         cell.dataset.kind = column.kind;
         cell.dataset.title = column.title;
         if (column.kind === "state") cell.dataset.state = at(row, column.key);
-        put(cell, say(row, column));
+        if (column.kind === "link") {
+          const link = cell.querySelector("a") || cell.appendChild(document.createElement("a"));
+          link.href = row.path;
+          put(link, at(row, column.key));
+        } else {
+          put(cell, say(row, column));
+        }
       });
     });
     table.hidden = !rows.length;
@@ -66,7 +74,7 @@
   };
 
   const show = (news) => {
-    for (const name of ["groups", "lanes"]) fill(page.querySelector(`[data-rows="${name}"]`), news[name]);
+    for (const name of ["jobs", "groups", "lanes"]) fill(page.querySelector(`[data-rows="${name}"]`), news[name]);
     for (const figure of page.querySelectorAll("dd[data-key]")) put(figure, say(news, figure.dataset));
     draw(news.minutes);
     const time = page.querySelector("[data-as-of]");

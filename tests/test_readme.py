@@ -230,7 +230,7 @@ def test_a_public_name_is_mentioned(name: str) -> None:
 
 
 def test_every_page_can_be_reached_from_the_readme() -> None:
-    linked = set(re.findall(r"\]\((docs/[^)#]+)", PAGES["README.md"]))
+    linked = set(re.findall(r"\]\((docs/[^)#]+\.md)", PAGES["README.md"]))
     assert linked == {page for page in PAGES if page != "README.md"}
 
 

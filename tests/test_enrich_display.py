@@ -70,6 +70,36 @@ def test_a_line_says_what_there_is_to_say() -> None:
     )
 
 
+def test_the_last_rows_are_told_by_how_long_they_have_been_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    progress = progress_of(9_997)
+    progress.oldest_seconds = 3.0
+    assert "0.0 s left" in line(progress)
+    progress.oldest_seconds = 245.0
+    assert line(progress).startswith(
+        "9,997/10,000 rows, 100.0 rows/s, 3 rows left, the oldest asked 4 min 5 s ago"
+    )
+    for columns, shown in ((150, "3 rows left, the oldest asked 4 min 5 s ago"), (60, "4 min 5 s out")):
+        size = os.terminal_size((columns, 24))
+        monkeypatch.setattr("shutil.get_terminal_size", lambda fallback=None, size=size: size)
+        terminal = Terminal()
+        bar = Bar(terminal)
+        bar.update(progress)
+        bar.close()
+        assert shown in terminal.getvalue()
+        assert "00:00" not in terminal.getvalue()
+
+
+def test_no_time_is_told_where_none_can_be_known() -> None:
+    progress = progress_of(500)
+    progress.stalled, progress.waiting = True, "no connection"
+    assert line(progress) == "500/10,000 rows, 100.0 rows/s, waiting: no connection, 15,000 tokens"
+    terminal = Terminal()
+    bar = Bar(terminal)
+    bar.update(progress)
+    bar.close()
+    assert "left" not in terminal.getvalue()
+
+
 def test_quiet_shows_notes_only() -> None:
     stream = io.StringIO()
     silence = open_display(quiet=True, stream=stream)

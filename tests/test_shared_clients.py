@@ -5,9 +5,14 @@ The leaks of plugins that make a client for each prompt are no longer there: war
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import socket
+import stat
 import sys
 from typing import Any
+from urllib.parse import urlsplit
 
 import anyio
 import anyio.to_thread
@@ -281,4 +286,40 @@ async def test_a_proxy_of_the_environment_is_used(family: str, monkeypatch: pyte
         adopted = Adopted(server)
         await adopted.ask()
         assert (len(server.requests), len(proxy.requests)) == (0, 1)
+        await adopted.pool.aclose()
+
+
+def sockets_to(port: int) -> list[socket.socket]:
+    """Return the connections that this process has to a port of its own machine."""
+    sockets = []
+    for number in range(3, 512):
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(number).st_mode):
+                sockets.append(number)
+    found = []
+    for number in sockets:
+        each = socket.socket(fileno=os.dup(number))
+        with contextlib.suppress(OSError):
+            if each.getpeername()[1:2] == (port,):
+                found.append(each)
+                continue
+        each.close()
+    return found
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="looks through file descriptors")
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_a_peer_that_is_gone_is_noticed_within_a_minute(family: str) -> None:
+    with protocol_server(family) as server:
+        adopted = Adopted(server)
+        await adopted.ask()
+        (connection,) = sockets_to(urlsplit(server.url).port or 0)
+        with connection:
+            assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            idle = getattr(socket, "TCP_KEEPIDLE", None) or socket.TCP_KEEPALIVE  # type: ignore[attr-defined]
+            first, each, times = (
+                connection.getsockopt(socket.IPPROTO_TCP, option)
+                for option in (idle, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+            )
+            assert first + each * times <= 60
         await adopted.pool.aclose()

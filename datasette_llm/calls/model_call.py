@@ -17,7 +17,7 @@ from .metrics import record_call
 from .prices import told_in_headers
 from .retry import classify, retrying
 from .semantics import error_type
-from .trouble import trouble_of
+from .trouble import is_line_full, trouble_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -189,9 +189,13 @@ class ModelCall:
         """
         if self._response._was_streamed:
             return False
-        trouble = trouble_of(error, self._classify(error))
+        failure = self._classify(error)
+        trouble = trouble_of(error, failure)
         if trouble is None:
-            return False
+            again = is_line_full(error, failure) and self._slots.waits_for_room()
+            if again:
+                self._response._events = []
+            return again
         if trouble.silent and self._slots.waited_in_line(self._sent_at):
             self._response._events = []
             return True

@@ -27,6 +27,9 @@ _UNAVAILABLE = frozenset({502, 503, 504, 529})
 #: Of these, what a gateway also says when one request broke, or outlasted, the server behind it.
 _ALONE = frozenset({502, 504})
 
+#: What a server says (503) whose line of waiting requests is full: Ollama, and those that are like it.
+_LINE_IS_FULL = re.compile(r"maximum pending requests|too many pending requests|queue is full", re.I)
+
 _REFUSED = "the connection is refused"
 _UNKNOWN = "no such host name"
 _NETWORK = "the network is unreachable"
@@ -73,7 +76,7 @@ def trouble_of(error: Exception, failure: Failure) -> Trouble | None:
         failure: what ``classify()`` says of the error.
     """
     if failure.status is not None:
-        if failure.status not in _UNAVAILABLE:
+        if failure.status not in _UNAVAILABLE or is_line_full(error, failure):
             return None
         return Trouble(
             f"it answers with status {failure.status}",
@@ -91,6 +94,15 @@ def trouble_of(error: Exception, failure: Failure) -> Trouble | None:
     if any(isinstance(each, TimeoutError) or _is_a(each, _TIMEOUTS) for each in errors):
         return Trouble(_SILENCE, error, _address(errors), alone=True, silent=True)
     return Trouble(_BROKEN, error, _address(errors), alone=True) if _is_transport(errors) else None
+
+
+def is_line_full(error: Exception, failure: Failure) -> bool:
+    """Whether a server refused a call because too many wait already: somebody is there, and is busy.
+
+    Args:
+        failure: what ``classify()`` says of the error.
+    """
+    return failure.status == 503 and any(_LINE_IS_FULL.search(str(each)) for each in chain_of(error))
 
 
 def _connecting(errors: Sequence[BaseException]) -> str | None:

@@ -75,8 +75,8 @@ class Ledger:
         self._failed_in_a_row = 0
         self._left = 0
         self._failures: dict[str, FailureKind] = {}
-        # Rows that were pulled and are not settled yet, in the order of their keys.
-        self._unsettled: dict[tuple[SQLValue, ...], None] = {}
+        # Rows that were pulled and are not settled yet, in the order of their keys, and when they were.
+        self._unsettled: dict[tuple[SQLValue, ...], float] = {}
         self._last_pulled: tuple[SQLValue, ...] | None = None
 
     @property
@@ -105,7 +105,7 @@ class Ledger:
     def pull(self, row: Row) -> None:
         self._pulled += 1
         self._last_pulled = row.key
-        self._unsettled[row.key] = None
+        self._unsettled[row.key] = self.elapsed
 
     def skip(self, row: Row) -> None:
         """Enter a row that there is nothing to ask about."""
@@ -224,9 +224,13 @@ class Ledger:
         progress.waiting = next((str(watch) for watch in self.watches if watch.trouble), None)
         if progress.waiting is None and stats.away is not None:
             progress.waiting = away_in_words(stats.away)
+        progress.stalled = progress.waiting is not None
         if progress.waiting is None and stats.cooldown_seconds >= SHOWN_SECONDS:
             progress.waiting = f"{math.ceil(stats.cooldown_seconds)} s for the provider"
         progress.quota_seconds = stats.quota_seconds
+        progress.oldest_seconds = None
+        if progress.total is not None and 0 < progress.total - progress.done <= len(self._unsettled):
+            progress.oldest_seconds = self.elapsed - next(iter(self._unsettled.values()))
 
     def count(self, report: EnrichReport) -> None:
         """Enter what needs no transaction: the rows skipped and, as far as it is known, the total."""

@@ -149,10 +149,10 @@ class AdaptiveLimit:
         Returns:
             whether it had waited in line, as they did: then the limit falls.
         """
-        if not self._knee.is_crowded(seconds):
+        if not self._knee.is_crowded(now, seconds):
             return False
         self._resize(self._size * THINNED, now)
-        self._knee.cap = min(self._knee.cap, self._size)
+        self._knee.given_up(seconds, self._size)
         self._slow = True
         self._schedule_retry(now)
         return True

@@ -33,8 +33,10 @@ WINDOW, MOST_RECENT = 32, 512
 #: must be then. If it is, twice as many may be in flight; if not, fewer again.
 HOLD, HOLD_MOST = 1, 16
 PROBE, WORTHWHILE, WIDER, BACK = 1.4, 1.2, 2.0, 0.8
-#: A call that was given up had waited in line, if the last answer took such a share of its time.
+#: A call that was given up had waited in line, if an answer meanwhile took such a share of its time.
 CROWDED = 0.3
+#: From then on no more are in flight than are answered in this share of the time that calls are waited for.
+IN_TIME = 0.75
 #: Answers that take so much longer than the first few did are a warning.
 SOME, SLOWER = 8, 1.5
 
@@ -57,6 +59,8 @@ class Knee:
         self._recent: deque[tuple[float, float]] = deque(maxlen=MOST_RECENT)
         self._since = 0
         self._hold = HOLD
+        # After how long a call was given up that had waited in line.
+        self._patience = math.inf
         # The rate before more were let in, while they are.
         self._before: float | None = None
 
@@ -67,9 +71,26 @@ class Knee:
             return False
         return sum(self._recent[-number][1] for number in range(1, SOME + 1)) > SLOWER * self._some_seconds
 
-    def is_crowded(self, seconds: float) -> bool:
-        """Whether a call that was given up after so many seconds had waited in line, as the others do."""
-        return bool(self._recent) and self._recent[-1][1] > CROWDED * seconds
+    def is_crowded(self, now: float, seconds: float) -> bool:
+        """Whether a call that was given up after so many seconds had waited in line, as others had."""
+        for answered, took in reversed(self._recent):
+            if answered <= now - seconds:
+                break
+            if took > CROWDED * seconds:
+                return True
+        return False
+
+    def given_up(self, seconds: float, limit: float) -> None:
+        """A call was given up that had waited in line.
+
+        Args:
+            seconds: how long.
+            limit: how many may be in flight from now on, for a while.
+        """
+        self._patience = seconds
+        if not self._alone:
+            self._alone = self._least = min(took for _, took in self._recent)
+        self.cap = min(self.cap, limit)
 
     def answered(self, now: float, seconds: float) -> None:
         """A call was answered that had taken so many seconds."""
@@ -135,3 +156,4 @@ class Knee:
             else:
                 self._alone = max(self._least, BACK * self._alone)
                 self._begin_hold(min(2 * self._hold, HOLD_MOST))
+        self.cap = min(self.cap, max(1.0, IN_TIME * self._patience * rate))

@@ -137,6 +137,11 @@ class Slots:
         """
         return self._throttle.waited_in_line(self.lane, self.now(), sent)
 
+    def waits_for_room(self) -> bool:
+        """Whether a call that found a full line waits for room: a job's, while anybody is served."""
+        patience = self.patience
+        return patience.together and self.now() - self._throttle.served_at < patience.seconds
+
     def acquire_nowait(self, tokens: int = 0) -> bool:
         """Take a slot if a call may start at once.
 
@@ -223,6 +228,8 @@ class Throttle:
         self.paced = self._fixed_requests is not None or self._fixed_tokens is not None
         self.in_use = 0
         self._estimated_tokens = 0.0
+        #: When a call was answered with what it asked for, as far as that was looked at.
+        self.served_at = self._now()
         self._last_started = -math.inf
         self.queue = Queue(self, self._now)
 
@@ -423,6 +430,7 @@ class Throttle:
         elif self.outage.active:
             self.outage.not_sent(now)
         if outcome.kind == "ok":
+            self.served_at = now
             if lane.adaptive is not None:
                 lane.adaptive.answered(now, seconds)
             if self._cooldowns.active:

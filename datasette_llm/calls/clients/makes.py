@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .identity import CannotShareError
+from .keepalive import keep_alive
 from .leases import Made
 from .speakeasy import speakeasy_make
 from .transport import (
@@ -122,7 +123,7 @@ class HttpMake:
         self.library = library
 
     def build(self, args: tuple[Any, ...], kwargs: dict[str, Any], observe: Observe | None) -> Made:
-        client = self._kind(*args, **http_options(self.library, observe, kwargs))
+        client = keep_alive(self._kind(*args, **http_options(self.library, observe, kwargs)))
         return Made(client, client.aclose)
 
     def warm(self, names: tuple[str, ...]) -> None:
@@ -168,7 +169,7 @@ class WrapperMake:
             if isinstance(held, self.library.AsyncClient):
                 hooks: Any = held.event_hooks
                 if hooks["response"] == options["event_hooks"]["response"]:
-                    return Made(client, held.aclose)
+                    return Made(client, keep_alive(held).aclose)
         raise CannotShareError("it does not pass on what its HTTP client is to be made with")
 
     def warm(self, names: tuple[str, ...]) -> None:

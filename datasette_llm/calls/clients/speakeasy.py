@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin
 import pydantic
 
 from .identity import CannotShareError
+from .keepalive import keep_alive
 from .leases import Made
 from .rebinding import rebind
 from .survey import survey_of
@@ -52,11 +53,11 @@ class SpeakeasyMake:
     def build(self, args: tuple[Any, ...], kwargs: dict[str, Any], observe: Observe | None) -> Made:
         if kwargs.get("async_client") is not None or kwargs.get("client") is not None:
             raise CannotShareError("it was given an HTTP client")
-        http = self.library.AsyncClient(**http_options(self.library, observe, {"follow_redirects": True}))
+        options = http_options(self.library, observe, {"follow_redirects": True})
+        http = keep_alive(self.library.AsyncClient(**options))
         # Never used, and made by the SDK if nobody else does.
         sync = self.library.Client(verify=shared_ssl_context(self.library))
-        options = {"client": sync, "async_client": http, "retry_config": None}
-        client = self._kind(*args, **{**kwargs, **options})
+        client = self._kind(*args, **{**kwargs, "client": sync, "async_client": http, "retry_config": None})
 
         async def aclose() -> None:
             sync.close()

@@ -12,6 +12,7 @@ import anyio
 
 from ...backends.datasette_side import backend
 from .. import http_answers
+from .keepalive import keep_alive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -83,7 +84,7 @@ def sdk_client(package: Any, factory: Any, library: Any, observe: Observe | None
     """
     if _offline(observe) is None:
         factory = leanest(package, factory, library, backend())
-    return factory(**http_options(library, observe))
+    return keep_alive(factory(**http_options(library, observe)))
 
 
 def _offline(observe: Observe | None) -> Callable[[Any], Any] | None:

@@ -147,9 +147,23 @@ def _format(progress: EnrichProgress, columns: int) -> str:
             if columns < NARROW_COLUMNS
             else ("{n_fmt} rows (still counting) [{elapsed}, {rate_fmt}{postfix}]")
         )
-    if columns < NARROW_COLUMNS:
-        return "{percentage:.0f}% {n_fmt}/{total_fmt} {remaining} left{postfix}"
-    return "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left, {rate_fmt}{postfix}]"
+    narrow = columns < NARROW_COLUMNS
+    # tqdm knows the time as well, and a question mark before the first row.
+    left = "{remaining} left" if progress.seconds_left is not None or not progress.done else ""
+    if progress.is_tail:
+        left = _tail(progress, narrow)
+    if narrow:
+        return "{percentage:.0f}% {n_fmt}/{total_fmt} " + left + "{postfix}"
+    return "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [" + (left and f"{left}, ") + "{rate_fmt}{postfix}]"
+
+
+def _tail(progress: EnrichProgress, narrow: bool = False) -> str:
+    """Say how many rows are left, and how long the first of them has been out."""
+    assert progress.total is not None
+    assert progress.oldest_seconds is not None
+    out = duration(progress.oldest_seconds)
+    left = counted(progress.total - progress.done, "row")
+    return f"{out} out" if narrow else f"{left} left, the oldest asked {out} ago"
 
 
 def _counts(progress: EnrichProgress, columns: int) -> str:
@@ -197,8 +211,10 @@ def line(progress: EnrichProgress) -> str:
         else f"{progress.done:,}/{counted(progress.total, 'row')}"
     ]
     parts.append(f"{rate:,.1f} rows/s")
-    if progress.total is not None and rate:
-        parts.append(f"{duration((progress.total - progress.done) / rate)} left")
+    if progress.is_tail:
+        parts.append(_tail(progress))
+    elif progress.seconds_left is not None:
+        parts.append(f"{duration(progress.seconds_left)} left")
     if progress.waiting:
         parts.append(f"waiting: {progress.waiting}")
     parts += _quota(progress)

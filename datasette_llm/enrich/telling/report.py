@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _WIDTH = 80
 _EXAMPLE_CHARACTERS = 200
+#: Seconds after which a row that is one of the last is one that is waited for.
+TAIL_SECONDS = 10.0
 
 
 @dataclass(slots=True)
@@ -63,6 +65,8 @@ class EnrichProgress:
         waiting: what keeps the database from being used, or the provider from being reached, and since when,
             in words: nothing is sent then.
         quota_seconds: how long a quota that is used up is still waited for, if it is.
+        stalled: whether nothing goes on, and nobody knows for how long.
+        oldest_seconds: how long ago the first of the rows left was asked about, once all of them are.
     """
 
     total: int | None = None
@@ -81,6 +85,21 @@ class EnrichProgress:
     paused: bool = False
     waiting: str | None = None
     quota_seconds: float | None = None
+    stalled: bool = False
+    oldest_seconds: float | None = None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """How long the rest takes at this rate; ``None`` where that cannot be known."""
+        rate = self.rows_per_second
+        if self.total is None or not rate or self.stalled or self.quota_seconds is not None or self.is_tail:
+            return None
+        return (self.total - self.done) / rate
+
+    @property
+    def is_tail(self) -> bool:
+        """Whether all rows left have been asked about, and a while ago: no rate says when they come."""
+        return self.oldest_seconds is not None and self.oldest_seconds >= TAIL_SECONDS
 
     @property
     def rows_per_second(self) -> float:

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from .calls.attachments import need_finding, with_types, without_files
+from .calls.batches.offline import sample_request
 from .pace.registry import get_throttle
 from .secrecy import keep_secret
 from .tasks.chain import Chain, ChainTask
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     import llm
 
-    from .calls.batches.offline import Offline
+    from .calls.batches.offline import Offline, Request
     from .calls.choice import Choice
     from .calls.clients.pool import ClientPool
     from .calls.prices import Pricing
@@ -312,6 +313,10 @@ class GroupModel(WrappedAsyncModel):
     def stats(self) -> GroupStats:
         """What happened to the group's prompts so far; cheap to read."""
         return self.group.stats
+
+    async def _sample_request(self, **kwargs: Any) -> Request:
+        """Return what a prompt of an offline group sends; see ``offline.sample_request``."""
+        return await sample_request(self.model, self._with_defaults({"stream": False, **kwargs}))
 
     def cancel(self) -> None:
         """Cancel every prompt of the group, and each one that still comes. Returns at once."""

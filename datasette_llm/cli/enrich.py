@@ -50,7 +50,9 @@ Exit codes:
   143  stopped by SIGTERM
 """
 
-what, how, limits, output = (section(name) for name in ("What", "How", "Limits", "Output"))
+what, how, limits, batches, output = (
+    section(name) for name in ("What", "How", "Limits", "Batches", "Output")
+)
 
 
 @click.command(name="enrich", cls=SectionedCommand, epilog=MORE_HELP)
@@ -183,6 +185,20 @@ what, how, limits, output = (section(name) for name in ("What", "How", "Limits",
     metavar="DURATION",
     help="Wait so long for a database that is locked or cannot be written; answers are kept meanwhile.",
 )
+@batches(
+    "--batch",
+    is_flag=True,
+    help="Half the price, within a day: submit the rows in batches, and end. The same command collects.",
+)
+@batches("--wait", is_flag=True, help="With --batch: stay until all batches are collected.")
+@batches(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Prompts in one batch at most; by default as many as the provider takes.",
+)
+@batches("--batch-cancel", is_flag=True, help="With --batch: cancel the batches that are not done.")
+@batches("--include-submitted", is_flag=True, help="Also ask about rows that are in a batch.")
 @output(
     "--try",
     "number",

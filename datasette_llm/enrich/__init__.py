@@ -9,6 +9,7 @@ from .errors import AlreadyRunning, EnrichError, EnrichInputError
 from .job import EnrichJob
 from .spec import JobSpec
 from .telling.report import EnrichProgress, EnrichReport, FailureKind
+from .ways import way_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -64,6 +65,11 @@ async def enrich(
     on_progress: Callable[[EnrichProgress], Any] | None = None,
     lock_timeout: float = LOCKED_SECONDS,
     key: str | None = None,
+    batch: bool = False,
+    batch_size: int | None = None,
+    wait: bool = False,
+    batch_cancel: bool = False,
+    include_submitted: bool = False,
 ) -> EnrichReport:
     """Run a prompt for every row that has no value yet, and write the answers into the table.
 
@@ -123,6 +129,12 @@ async def enrich(
             and the answers that are not in the table are in ``<database>-llm-answers.jsonl``, which
             the next run takes up first.
         key: an API key, instead of the configured one.
+        batch: have the prompts answered in batches, at half the price and within a day. Submits the rows that
+            wait and returns; the same call collects what is done. ``report.batch`` says how it stands.
+        batch_size: how many prompts a batch has at most; by default as many as the provider takes.
+        wait: with ``batch``: return when all batches are collected.
+        batch_cancel: with ``batch``: cancel the batches; what was answered before can still be collected.
+        include_submitted: also ask about rows that are in a batch; by default they are left alone.
 
     Returns:
         What was done; ``report.failed`` counts the rows that failed, and ``report.written`` those whose
@@ -168,5 +180,10 @@ async def enrich(
         timeout=timeout,
         outage_timeout=outage_timeout,
         key=key,
+        batch=batch,
+        batch_size=batch_size,
+        wait=wait,
+        batch_cancel=batch_cancel,
+        include_submitted=include_submitted,
     )
-    return await EnrichJob(datasette, spec, on_progress=on_progress).run()
+    return await EnrichJob(datasette, spec, on_progress=on_progress, way=way_of(datasette, spec)).run()

@@ -86,6 +86,9 @@ class Asking:
         report: EnrichReport,
         stop: Callable[..., None],
         log: LlmLog | None = None,
+        *,
+        batch: bool = False,
+        share: bool = True,
     ) -> None:
         """Prepare to ask.
 
@@ -94,6 +97,9 @@ class Asking:
             model: the group's.
             log: what keeps the responses for llm.
             stop: the job's: called with a reason, and the seconds of grace for prompts in flight.
+            batch: prompts are answered in batches: there is no hurry to avoid, and what first rows were
+                refused with was not paid for.
+            share: rows wait here for what another row has asked, where the job is to ask it once.
         """
         self._plan = plan
         self._model = model
@@ -102,22 +108,27 @@ class Asking:
         self._report = report
         self._stop = stop
         self._log = log
-        self._spacing = Spacing()
-        self._refusals = Refusals(tolerant=plan.spec.max_failures is not None)
-        self._questions: Questions[Row] = Questions(reuse=plan.spec.reuse)
+        self._spacing = None if batch else Spacing()
+        self._refusals = Refusals(tolerant=batch or plan.spec.max_failures is not None)
+        self._questions: Questions[Row] = Questions(reuse=plan.spec.reuse and share)
         # Failures of rows that waited for a question whose failure is held back.
         self._with_held: dict[int, list[Result]] = {}
 
     async def run(self) -> None:
         """Ask until the rows, or the reasons to go on, run out; returns when the last answer is taken."""
-        keywords = self._plan.spec.prompt_keywords(self._plan.schema)
         try:
-            async for asked, response in self._model.map(self._work(), _prompt_of, **keywords):
-                await self._take(asked, response)
+            async for asked, response in self._model.map(self.work(), prompt_of, **self.keywords):
+                await self.take(asked, response)
         finally:
             self._record(self._refusals.held)
 
-    async def _take(self, asked: Asked, response: PromptResponse) -> None:
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """What every prompt is sent with."""
+        return self._plan.spec.prompt_keywords(self._plan.schema)
+
+    async def take(self, asked: Asked, response: PromptResponse) -> None:
+        """Make of an answer the row's values, or its failure."""
         spec, outputs = self._plan.spec, self._plan.outputs
         try:
             text = await response.text()
@@ -131,10 +142,11 @@ class Asking:
             self._leave(asked)
             self._stop_refused("unreachable", str(error))
         except Exception as error:
-            self._failed(asked, of_the_answer(response, error), response)
+            self.fail(asked, of_the_answer(response, error), response)
         else:
             self._ledger.answer()
-            self._spacing.answered(anyio.current_time() - asked.pulled)
+            if self._spacing is not None:
+                self._spacing.answered(anyio.current_time() - asked.pulled)
             answer = Answer(values, *used_tokens(response))
             cost = cost_of(response, self._model.pricing)
             self._writer.add(replace(_result(asked.row, asked.question, answer), cost=cost))
@@ -143,7 +155,8 @@ class Asking:
                 self._reuse(row, asked.question, answer)
             self._record(self._refusals.decide())
 
-    def _failed(self, asked: Asked, error: Exception, response: PromptResponse) -> None:
+    def fail(self, asked: Asked, error: Exception, response: PromptResponse) -> None:
+        """Take note that a row has failed, and of those that wait for the same answer."""
         ledger, refusals, refusal = self._ledger, self._refusals, self._model.refusal
         refused = stop_reason(refusal, error)
         if refused is not None:
@@ -182,7 +195,7 @@ class Asking:
         self._report.refusal = self._report.refusal or redacted(words)
         self._stop(reason)
 
-    async def _work(self) -> AsyncGenerator[Asked, None]:
+    async def work(self) -> AsyncGenerator[Asked, None]:
         """Yield the rows to send, until the rows or the reasons to go on run out."""
         forgetter = Forgetter(self._plan)
         async with aclosing(self._pages()) as pages:
@@ -198,17 +211,22 @@ class Asking:
                     if not each.prompt and each.error is None:
                         self._ledger.skip(each.row)
                         await forgetter.add(each.row.key)
-                    elif await self._is_to_send(each):
-                        now = anyio.current_time()
-                        wait = self._spacing.wait(now, self._model.stats.concurrency)
-                        if wait:
-                            await anyio.sleep(wait)
-                        ready = await self._with_attachments(replace(each, pulled=now + wait))
+                    elif await self.is_to_send(each):
+                        ready = await self._with_attachments(replace(each, pulled=await self._send_time()))
                         if ready is not None:
                             yield ready
         await forgetter.flush()
 
-    async def _is_to_send(self, asked: Asked) -> bool:
+    async def _send_time(self) -> float:
+        """Wait until the next prompt may leave; return when that is."""
+        now = anyio.current_time()
+        wait = 0.0 if self._spacing is None else self._spacing.wait(now, self._model.stats.concurrency)
+        if wait:
+            await anyio.sleep(wait)
+        return now + wait
+
+    async def is_to_send(self, asked: Asked) -> bool:
+        """Say whether a row is to be sent: its answer is not known, and no other row has asked the same."""
         ledger = self._ledger
         ledger.pull(asked.row)
         if asked.error is not None:
@@ -325,7 +343,8 @@ class Asking:
 GRACE_SECONDS = 60.0
 
 
-def _prompt_of(asked: Asked) -> str | dict[str, Any]:
+def prompt_of(asked: Asked) -> str | dict[str, Any]:
+    """Return what a row is asked, as `map()` takes it."""
     if not asked.attachments:
         return asked.prompt
     return {"prompt": asked.prompt, "attachments": asked.attachments}

@@ -32,6 +32,7 @@ from .telling.display import warnings_through
 from .telling.invocation import datasette_command
 from .telling.stopped import REFUSED_REASONS
 from .telling.words import counted
+from .ways import way_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -94,7 +95,7 @@ async def run_job(
     async with started_datasette(make_datasette, lock_timeout=spec.lock_timeout) as datasette:
         spec = await for_the_one_database(datasette, spec)
         tell = await before(datasette, spec) if before is not None else None
-        job = EnrichJob(datasette, spec, on_progress=display.update)
+        job = EnrichJob(datasette, spec, on_progress=display.update, way=way_of(datasette, spec))
         try:
             async with anyio.create_task_group() as tasks:
                 await tasks.start(_obey_signals, job, display)

@@ -15,10 +15,10 @@ import inspect
 import logging
 import sys
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 import anyio.to_thread
@@ -30,11 +30,12 @@ from datasette_llm.pace.policy import Patience
 
 from .asking import Asking
 from .collector import spare_older_objects
-from .database import write
+from .database import read, write
 from .errors import DatabaseError, EnrichError
 from .ledger import Ledger
 from .plan import make_plan
 from .reading.pages import count_rows
+from .record.batches import count_submitted
 from .telling.report import EnrichReport
 from .writing.llm_log import LlmLog
 from .writing.lock import only_job
@@ -67,6 +68,39 @@ RECOUNT_SECONDS = 2.0
 _PROMPTING = "datasette_llm.facade"
 
 
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What a job works with, once its group is open."""
+
+    plan: Plan
+    model: Any
+    writer: Writer
+    ledger: Ledger
+    report: EnrichReport
+    recorder: Recorder | None
+    stop: Callable[..., None]
+    log: LlmLog | None = None
+
+
+class Way(Protocol):
+    """A way to have rows answered that is not one prompt after the other."""
+
+    def open_group(self, spec: JobSpec) -> AbstractAsyncContextManager[Any]:
+        """Open the group that the prompts belong to."""
+        ...
+
+    async def has_work(self, plan: Plan) -> bool:
+        """Say whether there is something to do although no row waits."""
+        ...
+
+    def settled(self, outcome: Outcome) -> None:
+        """Called with what each transaction did."""
+
+    async def run(self, ground: Ground) -> None:
+        """Have the rows answered; returns when nothing more is to be done now."""
+        ...
+
+
 class EnrichJob:
     """A job that can be stopped.
 
@@ -82,6 +116,7 @@ class EnrichJob:
         on_settled: Callable[[Outcome], None] | None = None,
         on_begun: Callable[[int], None] | None = None,
         open_group: Callable[[JobSpec], AbstractAsyncContextManager[Any]] | None = None,
+        way: Way | None = None,
     ) -> None:
         """Prepare a job.
 
@@ -93,6 +128,7 @@ class EnrichJob:
             on_begun: called with the number of the run, which is on record before anything is sent then; else
                 it is with the first answers. Never called if no row waits.
             open_group: opens the group that runs the prompts; `LLM.group` unless a test has its own.
+            way: how the rows are asked about, if that is not one prompt after the other.
         """
         self._datasette = datasette
         configured = get_settings(datasette).money(spec.purpose, "max_cost")
@@ -102,7 +138,8 @@ class EnrichJob:
         self._on_progress = on_progress
         self._on_settled = on_settled
         self._on_begun = on_begun
-        self._open_group = open_group or self._open_llm_group
+        self._way = way
+        self._open_group = open_group or (way.open_group if way is not None else self._open_llm_group)
         self._ledger = Ledger(spec)
         self._prompting: anyio.CancelScope | None = None
 
@@ -171,10 +208,12 @@ class EnrichJob:
                     plan = await self._take_up(plan, report)
                     if self._spec.stale:
                         plan = await self._for_model(plan, report)
-                    if await plan.check_first_row():
+                    waits = await plan.check_first_row()
+                    if waits or (self._way is not None and await self._way.has_work(plan)):
                         await self._run_prompts(plan, report)
                     else:
                         await self._make_columns(plan, report)
+                        await self._count_submitted(plan, report)
                         report.total = report.remaining = 0
             report.elapsed = ledger.elapsed
         return report
@@ -198,14 +237,16 @@ class EnrichJob:
                         await self._announce(plan, recorder)
                         writer = self._open_writer(plan, report, recorder)
                         tasks.start_soon(_run_then_set, writer, written)
-                        tasks.start_soon(self._keep_counting, plan, report)
                         tasks.start_soon(self._keep_reporting, report)
+                        if self._way is None:
+                            tasks.start_soon(self._keep_counting, plan, report)
                         if log is not None:
                             tasks.start_soon(log.run)
-                        asking = Asking(plan, model, writer, ledger, report, self.stop, log)
                         # Not before: opening the group has loaded the SDK, which stays.
                         with spare_older_objects():
-                            await asking.run()
+                            await self._ask(
+                                Ground(plan, model, writer, ledger, report, recorder, self.stop, log)
+                            )
                 if self._prompting.cancelled_caught:
                     ledger.stopping = ledger.stopping or "deadline"
                 if writer is not None:
@@ -233,6 +274,7 @@ class EnrichJob:
                 )
                 await write(plan.database, end)
         await self._count_rest(plan, report)
+        await self._count_submitted(plan, report)
         await self._count_incomplete(began_with, report)
         ledger.update_progress(report)
         await self._report_progress()
@@ -242,6 +284,15 @@ class EnrichJob:
             await write(plan.database, recorder.announce)
             if recorder.number is not None:
                 self._on_begun(recorder.number)
+
+    async def _ask(self, ground: Ground) -> None:
+        if self._way is not None:
+            await self._way.run(ground)
+            return
+        asking = Asking(
+            ground.plan, ground.model, ground.writer, ground.ledger, ground.report, ground.stop, ground.log
+        )
+        await asking.run()
 
     async def _take_up(self, plan: Plan, report: EnrichReport) -> Plan:
         """Write the answers that an earlier run had to leave in the side file."""
@@ -276,6 +327,8 @@ class EnrichJob:
 
     def _settle(self, report: EnrichReport, outcome: Outcome) -> None:
         self._ledger.settle(report, outcome)
+        if self._way is not None:
+            self._way.settled(outcome)
         if self._on_settled is not None:
             self._on_settled(outcome)
 
@@ -301,6 +354,12 @@ class EnrichJob:
                 # Rows that were skipped have no value either; their records are gone.
                 skipped = 0 if self._spec.retry_failed else report.skipped
                 report.remaining = max(0, counted - skipped)
+
+    async def _count_submitted(self, plan: Plan, report: EnrichReport) -> None:
+        """Count the rows that were left alone since they are in batches."""
+        if plan.leaves_submitted and plan.job is not None:
+            with suppress(DatabaseError):
+                report.in_batches = await read(plan.database, partial(count_submitted, job=plan.job))
 
     async def _keep_reporting(self, report: EnrichReport) -> None:
         while True:

@@ -49,6 +49,7 @@ class Ledger:
         saved_input_tokens: of questions that were not sent, since their answers were known.
         saved_output_tokens: likewise.
         watches: what may keep the job waiting for its database.
+        note: what else is waited for.
         trouble: what keeps the database from being used, if that is why the job stops.
     """
 
@@ -60,6 +61,7 @@ class Ledger:
         self.model: Any = None
         self.watches: list[Watch] = []
         self.trouble: str | None = None
+        self.note: str | None = None
         # Set when the job goes on; no more rows are pulled until then.
         self._pause: anyio.Event | None = None
         self.began = 0.0
@@ -124,6 +126,12 @@ class Ledger:
         """A row was refused with what every other one would be: it is for the next run."""
         self._answered += 1
         self._left += 1
+
+    def submit(self, row: Row) -> None:
+        """A row is in a batch: what comes of it is for later."""
+        self._answered += 1
+        self._left += 1
+        self._unsettled.pop(row.key, None)
 
     def wait(self) -> None:
         """A row that was pulled waits: its question may be on its way already."""
@@ -227,6 +235,8 @@ class Ledger:
         progress.stalled = progress.waiting is not None
         if progress.waiting is None and stats.cooldown_seconds >= SHOWN_SECONDS:
             progress.waiting = f"{math.ceil(stats.cooldown_seconds)} s for the provider"
+        if progress.waiting is None:
+            progress.waiting = self.note
         progress.quota_seconds = stats.quota_seconds
         progress.oldest_seconds = None
         if progress.total is not None and 0 < progress.total - progress.done <= len(self._unsettled):

@@ -20,6 +20,7 @@ from .reading.stale import StaleSelection
 from .reading.table import read_table
 from .reading.template import PromptTemplate
 from .record.answers import has_no_value_sql
+from .record.batches import has_batches, is_submitted_sql
 from .record.runs import find_job
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Plan:
         options: all that the model is called with, once it is known.
         attachments: the templates of what goes with a prompt.
         takes: the types of attachments that the model takes, once it is known.
+        leaves_submitted: there are rows in batches, which are left alone.
     """
 
     spec: JobSpec
@@ -63,6 +65,7 @@ class Plan:
     options: Mapping[str, Any] = field(default_factory=dict)
     attachments: tuple[AttachmentTemplate, ...] = ()
     takes: frozenset[str] = frozenset()
+    leaves_submitted: bool = False
 
     @property
     def source(self) -> Source:
@@ -77,10 +80,12 @@ class Plan:
     @property
     def rows(self) -> Selection:
         spec = self.spec
-        done = None
+        done = left = None
         if self.job is not None:
-            done = has_no_value_sql(self.job, [f"{self.table.sql_name}.{key}" for key in self.table.key])
-        return Selection(self.table, self.columns, self.outputs.marks, spec.where, spec.replaces, done)
+            key = [f"{self.table.sql_name}.{key}" for key in self.table.key]
+            done = has_no_value_sql(self.job, key)
+            left = is_submitted_sql(self.job, key) if self.leaves_submitted else None
+        return Selection(self.table, self.columns, self.outputs.marks, spec.where, spec.replaces, done, left)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -254,6 +259,17 @@ async def make_plan(datasette: Any, spec: JobSpec) -> Plan:
     attachments = tuple(
         AttachmentTemplate(source, table.column_names, files=spec.files) for source in spec.attachments
     )
-    plan = Plan(spec, database, table, template, schema, outputs, job, attachments=attachments)
+    submitted = job is not None and await read(database, has_batches) and not spec.include_submitted
+    plan = Plan(
+        spec,
+        database,
+        table,
+        template,
+        schema,
+        outputs,
+        job,
+        attachments=attachments,
+        leaves_submitted=submitted,
+    )
     await read(database, plan.rows.check)
     return plan

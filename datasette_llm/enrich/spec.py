@@ -37,6 +37,11 @@ class JobSpec:
     """What a job is asked to do; `datasette_llm.enrich` explains each of these.
 
     Attributes:
+        batch: its prompts are answered in batches.
+        batch_size: how many prompts one batch has at most; by default as many as the provider takes.
+        wait: stay until all batches have been collected.
+        batch_cancel: cancel the batches, and submit none.
+        include_submitted: also ask about rows that are in a batch.
         only: the rows it is about, instead of all of the table.
         log: whether responses go to llm's own log database, too.
         files: whether attachments may be files of this machine: for a user of it, not for its visitors.
@@ -77,6 +82,11 @@ class JobSpec:
     timeout: float | None = None
     outage_timeout: float | None = None
     key: str | None = field(default=None, repr=False)
+    batch: bool = False
+    batch_size: int | None = None
+    wait: bool = False
+    batch_cancel: bool = False
+    include_submitted: bool = False
     only: NamedRows | None = None
     by: str | None = None
 
@@ -93,6 +103,7 @@ class JobSpec:
         """
         for name in (
             "limit",
+            "batch_size",
             "concurrency",
             "max_failures",
             "max_tokens_total",
@@ -106,6 +117,7 @@ class JobSpec:
             if value is not None and not value > 0:
                 raise EnrichInputError(f"{name} must be more than 0, not {value}")
         self._check_stale()
+        self._check_batch()
         if not self.lock_timeout >= 0:
             raise EnrichInputError(f"lock_timeout must not be less than 0, as {self.lock_timeout} is")
 
@@ -120,6 +132,29 @@ class JobSpec:
             if getattr(self, name):
                 option = name.replace("_", "-")
                 raise EnrichInputError(f"--stale and --{option} are about different rows: give one of them")
+
+    def _check_batch(self) -> None:
+        if not self.batch:
+            for name in ("wait", "batch_cancel", "batch_size"):
+                if getattr(self, name):
+                    option = name.replace("_", "-")
+                    raise EnrichInputError(f"--{option} is about batches: give --batch too")
+            return
+        if self.include_submitted:
+            raise EnrichInputError("--include-submitted is for live runs: a row is never in two batches")
+        if not self.record:
+            raise EnrichInputError(
+                "Batches are kept in the record of answers: do without --no-record, or without --batch"
+            )
+        if not self.reuse:
+            raise EnrichInputError(
+                "In batches, rows that ask the same are always asked once: do without --no-reuse or --batch"
+            )
+        if self.max_tokens_total is not None:
+            raise EnrichInputError(
+                "What a batch takes is known when it is done: limit it with --max-cost or --limit, "
+                "not with --max-tokens-total"
+            )
 
     def prompt_keywords(self, schema: dict[str, Any] | None) -> dict[str, Any]:
         """Return what every prompt of the job is sent with."""

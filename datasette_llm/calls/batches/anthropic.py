@@ -12,6 +12,7 @@ from .protocol import (
     BatchError,
     Limits,
     Line,
+    OddLine,
     Value,
     as_count,
     as_dict,
@@ -23,7 +24,7 @@ from .protocol import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
     from pathlib import Path
 
     from .http import Endpoint
@@ -103,7 +104,7 @@ class AnthropicBatches:
     async def cancel(self, batch_id: str) -> None:
         await self._endpoint.ask("POST", f"{self._url}/{batch_id}/cancel{self._endpoint.query}")
 
-    async def results(self, batch: Batch) -> AsyncIterator[bytes]:
+    async def results(self, batch: Batch) -> AsyncGenerator[bytes, None]:
         async for line in self._endpoint.lines(f"{self._url}/{batch.id}/results{self._endpoint.query}"):
             yield line
 
@@ -113,7 +114,7 @@ class AnthropicBatches:
         result = as_dict(value.get("result"))
         kind = result.get("type")
         if not isinstance(custom_id, str):
-            raise ValueError("a result says whose it is")
+            raise OddLine
         if kind == "succeeded":
             return Line(custom_id, Value(200, as_dict(result.get("message"))))
         if kind in ("canceled", "expired"):
@@ -123,7 +124,7 @@ class AnthropicBatches:
             inner = as_dict(error.get("error")) or error
             status = _STATUSES.get(str(inner.get("type")), 500)
             return Line(custom_id, Value(status, {"type": "error", "error": inner}))
-        raise ValueError("a result has an answer or an error")
+        raise OddLine
 
     def reply(self, value: Value, request: Request) -> Reply:
         if value.status >= 400 or not json.loads(request.body).get("stream"):

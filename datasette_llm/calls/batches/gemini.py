@@ -11,6 +11,7 @@ from .protocol import (
     BatchError,
     Limits,
     Line,
+    OddLine,
     Value,
     as_count,
     as_dict,
@@ -21,7 +22,7 @@ from .protocol import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
     from pathlib import Path
 
     from .http import Endpoint
@@ -115,7 +116,7 @@ class GeminiBatches:
     async def cancel(self, batch_id: str) -> None:
         await self._endpoint.ask("POST", f"{self._base}/{batch_id}:cancel")
 
-    async def results(self, batch: Batch) -> AsyncIterator[bytes]:
+    async def results(self, batch: Batch) -> AsyncGenerator[bytes, None]:
         version = self._base[len(self._endpoint.root) :]
         for name in batch.results:
             url = f"{self._endpoint.root}/download{version}/{name}:download?alt=media"
@@ -126,12 +127,12 @@ class GeminiBatches:
         value = read_json(line)
         custom_id = value.get("key") or as_dict(value.get("metadata")).get("key")
         if not isinstance(custom_id, str):
-            raise ValueError("a result says whose it is")
+            raise OddLine
         if isinstance(value.get("response"), dict):
             return Line(custom_id, Value(200, value["response"]))
         error = as_dict(value.get("error"))
         if not error:
-            raise ValueError("a result has an answer or an error")
+            raise OddLine
         code = as_count(error.get("code"))
         status = code if code >= 400 else _STATUSES.get(code, 500)
         if status == _STATUSES[1]:

@@ -14,7 +14,7 @@ from ..clients.transport import shared_ssl_context
 from .protocol import BatchError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 
     from .offline import Request
 
@@ -68,7 +68,7 @@ class Endpoint:
         async for attempt in stamina.retry_context(on=_may_pass, attempts=ATTEMPTS, timeout=ATTEMPT_SECONDS):
             with attempt:
                 return await self.do(method, url, **kwargs)
-        raise AssertionError("stamina raises the last error")
+        raise AssertionError  # stamina raises the last error
 
     async def do(self, method: str, url: str, **kwargs: Any) -> dict[str, Any]:
         """Make a request once; return its JSON."""
@@ -91,7 +91,7 @@ class Endpoint:
             raise BatchError("the provider's answer about a batch is no JSON") from None
         return (value if isinstance(value, dict) else {}), response.headers
 
-    async def lines(self, url: str) -> AsyncIterator[bytes]:
+    async def lines(self, url: str) -> AsyncGenerator[bytes, None]:
         """Yield the lines of a file as they come.
 
         Raises:

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ...backends.closing import close_quietly
 from ...errors import PromptCancelled
 from ..failures import chain_of
 from ..model_call import ModelCall
@@ -104,6 +105,39 @@ class OfflineCall(ModelCall):
             raise
         if exchange.request is None:
             raise NotOfflineError("the model does not send its requests through the clients it is given")
+
+
+async def sample_request(model: Any, arguments: Mapping[str, Any]) -> Request:
+    """Return the request that an adopted model of llm makes of a prompt, to see where it goes.
+
+    No plugin is asked: nothing is sent, now or later.
+
+    Args:
+        model: one whose clients are offline.
+        arguments: of its ``prompt()``.
+
+    Raises:
+        NotOfflineError: it does not use the clients it is given.
+        Exception: the model's own: there is no key, say.
+    """
+    exchange = Exchange()
+    token = _current.set(exchange)
+    try:
+        response = model.prompt("-", **arguments)
+        try:
+            await response.text()
+        except Exception:
+            if exchange.request is None:
+                raise
+        finally:
+            generator = getattr(response, "_generator", None)
+            if generator is not None:
+                await close_quietly(generator, "the generator of a model")
+    finally:
+        _current.reset(token)
+    if exchange.request is None:
+        raise NotOfflineError("the model does not send its requests through the clients it is given")
+    return exchange.request
 
 
 class Offline:

@@ -12,6 +12,7 @@ from .protocol import (
     Limits,
     Line,
     NoBatchesError,
+    OddLine,
     Value,
     as_count,
     as_dict,
@@ -20,7 +21,7 @@ from .protocol import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, Sequence
     from pathlib import Path
 
     from .http import Endpoint
@@ -104,7 +105,7 @@ class OpenAIBatches:
     async def cancel(self, batch_id: str) -> None:
         await self._endpoint.ask("POST", f"{self._base}/batches/{batch_id}/cancel{self._endpoint.query}")
 
-    async def results(self, batch: Batch) -> AsyncIterator[bytes]:
+    async def results(self, batch: Batch) -> AsyncGenerator[bytes, None]:
         for file_id in batch.results:
             async for line in self._endpoint.lines(
                 f"{self._base}/files/{file_id}/content{self._endpoint.query}"
@@ -121,7 +122,7 @@ class OpenAIBatches:
             return Line(custom_id, None)
         if error:
             return Line(custom_id, Value(_status_of(error), {"error": error}))
-        raise ValueError("a result has an answer or an error")
+        raise OddLine
 
     def reply(self, value: Value, request: Request) -> Reply:
         return json_reply(value)

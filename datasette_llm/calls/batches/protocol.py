@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from .offline import Reply, Request
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, Sequence
     from pathlib import Path
 
 
@@ -33,6 +33,10 @@ class BatchError(Exception):
         self.status = status
         self.code = code
         self.sent = sent
+
+
+class OddLine(ValueError):
+    """A line of results says nothing that can be used."""
 
 
 class NoBatchesError(BatchError):
@@ -137,7 +141,7 @@ class BatchProtocol(Protocol):
 
     async def cancel(self, batch_id: str) -> None: ...
 
-    def results(self, batch: Batch) -> AsyncIterator[bytes]:
+    def results(self, batch: Batch) -> AsyncGenerator[bytes, None]:
         """Yield the lines of the results as they come."""
         ...
 
@@ -191,7 +195,7 @@ def read_json(line: bytes) -> dict[str, Any]:
     """
     value = json.loads(line)
     if not isinstance(value, dict):
-        raise ValueError("a line of results is an object")
+        raise OddLine
     return value
 
 

@@ -63,6 +63,7 @@ class Selection:
         where: an SQL condition of the user, or ``None``.
         overwrite: rows that are done count too.
         done: an SQL condition for rows that are done although they have no value, or ``None``.
+        left: an SQL condition for rows that are somebody else's, or ``None``.
     """
 
     table: Table
@@ -71,6 +72,7 @@ class Selection:
     where: str | None = None
     overwrite: bool = False
     done: str | None = None
+    left: str | None = None
     _what: str = field(init=False, repr=False)
     _select: str = field(init=False, repr=False)
 
@@ -87,6 +89,7 @@ class Selection:
         if not self.overwrite:
             parts += [f"{self.table.sql_column(name)} is null" for name in self.outputs]
             parts += [f"not {self.done}"] if self.done is not None else []
+        parts += [f"not {self.left}"] if self.left is not None else []
         if self.where and self.where.strip():
             # The newline ends an SQL comment of the user's.
             parts.append(f"({self.where}\n)")

@@ -6,11 +6,13 @@ import textwrap
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .batches import left_in_batches
 from .stopped import REFUSED_REASONS, advice, sentence
 from .words import counted, dollars, duration
 
 if TYPE_CHECKING:
     from ..sql import SQLValue
+    from .batches import BatchNotes
     from .stopped import StopReason
 
 _WIDTH = 80
@@ -153,6 +155,11 @@ class EnrichReport:
             yet. Without ``overwrite`` the same call goes on by itself.
         run: its number in the record, if it has one.
         incomplete: rows that have values of an earlier schema and none for ``incomplete_columns``.
+        submitted: rows that were put into batches.
+        in_batches: rows that are in batches, and were left alone; of a run with batches, those that still
+            have no answer.
+        returned: rows whose batch did not answer them (it expired, say): they wait again.
+        batch: what a run with batches did, and has left to do.
     """
 
     database: str
@@ -193,6 +200,10 @@ class EnrichReport:
     run: int | None = None
     incomplete: int = 0
     incomplete_columns: tuple[str, ...] = ()
+    submitted: int = 0
+    in_batches: int = 0
+    returned: int = 0
+    batch: BatchNotes | None = None
 
     @property
     def done(self) -> int:
@@ -212,6 +223,8 @@ class EnrichReport:
         """Return the report as data that JSON can show."""
         data = asdict(self)
         data["done"] = self.done
+        if data["batch"] is None:
+            del data["batch"]
         data["rows_per_second"] = round(self.rows_per_second, 3)
         if self.cost is not None:
             data["cost"] = round(self.cost, 9)
@@ -230,9 +243,15 @@ class EnrichReport:
             return self._dry_summary(where)
         skipped = f"{counted(self.skipped, 'row')} skipped: nothing to ask"
         lines = self._taken_up()
+        if self.batch is not None:
+            lines += self.batch.lines(self)
+            if not (self.written or self.failed or self.changed or self.stopped):
+                return "\n".join(lines)
         if self.done == self.skipped and not self.stopped and not self.in_side_file and not self.lost:
             if not self.skipped:
                 lines.append(f"Nothing left to do: no row of {where} is waiting for a value.")
+                if self.in_batches:
+                    lines.append(left_in_batches(self.in_batches))
                 lines += self._incomplete()
             else:
                 lines.append(f"Nothing left to do: each row of {where} without a value has an empty prompt.")
@@ -260,6 +279,8 @@ class EnrichReport:
         if self.no_value:
             lines.append(f"{counted(self.no_value, 'row')} answered with no value")
         lines += self._incomplete()
+        if self.in_batches and self.batch is None:
+            lines.append(left_in_batches(self.in_batches))
         if self.skipped:
             lines.append(skipped)
         if self.changed:

@@ -10,7 +10,7 @@ from ..record.runs import RunDescription, RunNumbers, add_numbers, announce_run,
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from ..plan import Plan
     from ..record.runs import RunId
@@ -30,7 +30,13 @@ class Recorder:
     def __init__(self, description: RunDescription) -> None:
         self.run: RunId | None = None
         self.number: int | None = None
+        #: Called in each transaction with the keys of the rows that it settles.
+        self.on_settle: Callable[[sqlite3.Connection, RunId, list[tuple[SQLValue, ...]]], None] | None = None
         self._description = description
+
+    def begin(self, conn: sqlite3.Connection) -> RunId:
+        """Return the run, begun in this transaction if need be; whoever commits it tells `committed`."""
+        return self.run or begin_run(conn, self._description, announced=self.number)
 
     def announce(self, conn: sqlite3.Connection) -> None:
         """Record that the run is under way, before it has any answer."""
@@ -44,7 +50,7 @@ class Recorder:
         Returns:
             the run, to be told to `committed` when that has been.
         """
-        run = self.run or begin_run(conn, self._description, announced=self.number)
+        run = self.begin(conn)
         written = outcome.written
         note_answers(
             conn,
@@ -68,6 +74,8 @@ class Recorder:
             cost=sum(each.cost or 0.0 for each in answered),
         )
         add_numbers(conn, run, numbers)
+        if self.on_settle is not None:
+            self.on_settle(conn, run, [each.row.key for each in (*answered, *outcome.changed)])
         return run
 
     def committed(self, run: RunId) -> None:
@@ -118,6 +126,7 @@ def recorder_of(plan: Plan, model_id: str, versions: Mapping[str, str]) -> Recor
         "overwrite": spec.overwrite,
         "retry_failed": spec.retry_failed,
         "stale": spec.stale,
+        "batch": spec.batch,
         "column": spec.column,
         "attachments": list(spec.attachments) or None,
         "extract": spec.extract,

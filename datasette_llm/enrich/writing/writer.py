@@ -103,6 +103,7 @@ class Writer:
         self._some = anyio.Event()
         self._enough = anyio.Event()
         self._room = anyio.Event()
+        self._empty: anyio.Event | None = None
         self.seconds = 0.0
         self.watch = Watch(patience_seconds)
 
@@ -120,6 +121,13 @@ class Writer:
             if self._room.is_set():
                 self._room = anyio.Event()
             await self._room.wait()
+
+    async def drained(self) -> None:
+        """Wait until everything that was added is written, or in the side file."""
+        while self._buffer:
+            if self._empty is None:
+                self._empty = anyio.Event()
+            await self._empty.wait()
 
     def close(self) -> None:
         """Say that no more results will come; `run` returns when all are written."""
@@ -197,6 +205,9 @@ class Writer:
         if len(self._buffer) < BUFFER_ROWS:
             self._room.set()
         self._on_settled(outcome)
+        if self._empty is not None and not self._buffer:
+            self._empty.set()
+            self._empty = None
         if self._closed:
             return
         if not self._buffer:

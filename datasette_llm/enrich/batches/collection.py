@@ -85,6 +85,8 @@ class Collection:
             try:
                 await self._replay(record, lines)
             except BatchError as error:
+                # What came before is in the table when the results are read again.
+                await self._ground.writer.drained()
                 logger.warning("The results of a batch broke off: %s", redacted(str(error)))
                 continue
             if self._is_stopped:

@@ -131,12 +131,13 @@ class Collection:
             async for page in pages:
                 if self._is_stopped:
                     return
-                new = [result for result in page if result.question not in seen]
-                seen.update(result.question for result in new)
-                find = partial(self._rows, batch=record.id, questions={result.question for result in new})
+                # Of a line that is there twice the first counts.
+                new = {each.question: each.value for each in reversed(page) if each.question not in seen}
+                seen.update(new)
+                find = partial(self._rows, batch=record.id, questions=set(new))
                 found, gone = await read(self._plan.database, find)
                 await self._drop(gone)
-                for question, value in new:
+                for question, value in new.items():
                     for row in found.get(question, ()):
                         await self._ground.writer.ready()
                         self._values[question] = value

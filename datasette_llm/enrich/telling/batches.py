@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from .words import counted
-
-if TYPE_CHECKING:
-    from .report import EnrichReport
 
 
 @dataclass(slots=True)
@@ -50,13 +46,17 @@ class BatchNotes:
     waiting: str | None = None
     odd: int = 0
 
-    def lines(self, report: EnrichReport) -> list[str]:
-        """Return them as lines for a person."""
+    def lines(self, model: str | None, *, submitted: int, inside: int, returned: int) -> list[str]:
+        """Return them as lines for a person.
+
+        Args:
+            submitted: rows that were put into batches.
+            inside: rows that are in batches.
+            returned: rows that came out of them without an answer.
+        """
         lines = []
         if self.submitted:
-            lines.append(
-                f"Submitted {_batches(self.submitted)}, {counted(report.submitted, 'row')} to {report.model}"
-            )
+            lines.append(f"Submitted {_batches(self.submitted)}, {counted(submitted, 'row')} to {model}")
         if self.cancelled:
             lines.append(
                 f"Cancelled {_batches(self.cancelled)}: what was answered before is billed, "
@@ -68,7 +68,7 @@ class BatchNotes:
             answered, requests = (sum(getattr(each, name) for each in self.left) for name in _COUNTS)
             done = "" if not answered else f", {answered:,} of {counted(requests, 'request')} answered"
             lines.append(
-                f"{_batches(len(self.left))} with {counted(report.in_batches, 'row')} "
+                f"{_batches(len(self.left))} with {counted(inside, 'row')} "
                 f"{'is' if len(self.left) == 1 else 'are'} with the provider{done}: "
                 "run the same command to collect"
             )
@@ -77,10 +77,8 @@ class BatchNotes:
                 lines.append(f"What is not answered by {expires} is given up, and not billed")
         elif not self.cancelled:
             lines.append("No batch is left to collect")
-        if report.returned:
-            lines.append(
-                f"{counted(report.returned, 'row')} came back without an answer, and can be sent again"
-            )
+        if returned:
+            lines.append(f"{counted(returned, 'row')} came back without an answer, and can be sent again")
         if self.odd:
             lines.append(f"{counted(self.odd, 'line')} of the results could not be used")
         if self.others:

@@ -244,7 +244,9 @@ class EnrichReport:
         skipped = f"{counted(self.skipped, 'row')} skipped: nothing to ask"
         lines = self._taken_up()
         if self.batch is not None:
-            lines += self.batch.lines(self)
+            lines += self.batch.lines(
+                self.model, submitted=self.submitted, inside=self.in_batches, returned=self.returned
+            )
             if not (self.written or self.failed or self.changed or self.stopped):
                 return "\n".join(lines)
         if self.done == self.skipped and not self.stopped and not self.in_side_file and not self.lost:

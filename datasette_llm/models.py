@@ -9,7 +9,8 @@ from .calls.attachments import need_finding, with_types, without_files
 from .calls.batches.offline import sample_request
 from .pace.registry import get_throttle
 from .secrecy import keep_secret
-from .tasks.chain import Chain, ChainTask
+from .tasks.chain import Chain
+from .tasks.chain_task import ChainTask
 from .tasks.conversation import Turns
 from .tasks.group_block import GroupBlock
 from .tasks.group_supervisor import GroupSupervisor

@@ -8,9 +8,7 @@ Workers are started as there are items for them; those without one are idle.
 Two objects: ``PromptMap`` is the iterator the loop holds; dropping it (``break``) stops the map. ``MapRun``
 is what the workers hold, and it does not know the iterator.
 
-A sync iterable is pulled by whichever worker is free. An async one is pulled by one task of its own, the
-feeder: cancel scopes that a generator opens may not wander between tasks, nor may a scope of ours be left
-while one of the generator's is open. So the feeder opens a single scope around all of it.
+A sync iterable is pulled by whichever worker is free, an async one by a task of its own, the feeder.
 
 A map ends in one of three ways:
 
@@ -32,12 +30,12 @@ import anyio
 import llm
 from anyio import CancelScope, get_cancelled_exc_class
 
-from ..backends.closing import close_quietly
 from ..backends.loops import LoopDoor
 from ..backends.signal import Signal
 from ..calls.attachments import need_finding, with_types
 from ..errors import PromptCancelled
 from ..responses.response import PromptResponse
+from .feeding import Feeder, source_of
 from .hook_scope import hooks_wrap_prompts
 
 if TYPE_CHECKING:
@@ -47,9 +45,6 @@ if TYPE_CHECKING:
     from .prompt_task import PromptTask
 
 T = TypeVar("T")
-
-#: How long closing an async source may take, in seconds.
-CLOSE_SECONDS = 5.0
 
 
 class PromptMap(Generic[T]):
@@ -117,8 +112,8 @@ class MapRun(Generic[T]):
         # Workers that have been woken and have not looked for an item yet.
         self._waking = 0
         self._in_flight: dict[PromptTask, None] = {}
-        source = _source_of(items)
-        self._feeder = _Feeder(self, source) if isinstance(source, AsyncIterator) else None
+        source = source_of(items)
+        self._feeder = Feeder(self, source) if isinstance(source, AsyncIterator) else None
         self._iterator: Iterator[T] = source if isinstance(source, Iterator) else iter(())
 
     # The loop's side
@@ -343,83 +338,6 @@ class MapRun(Generic[T]):
         """No prompt can be made of an item: the map ends, when those in flight have been given."""
         self._outstanding -= 1
         self.end_source(error)
-
-
-class _Feeder(Generic[T]):
-    """Pulls an async source for the workers, and closes it in the end."""
-
-    def __init__(self, run: MapRun[T], source: AsyncIterator[T]) -> None:
-        self._map = run
-        self._source = source
-        self._ready: deque[T] = deque()
-        self._wanted: anyio.Event | None = None
-        self._scope: CancelScope | None = None
-        self._pulling = False
-
-    def wake(self) -> None:
-        """There is room for another item."""
-        if self._wanted is not None:
-            self._wanted.set()
-
-    def take(self) -> tuple[T] | None:
-        """Take an item that has been pulled, if there is one."""
-        return (self._ready.popleft(),) if self._ready else None
-
-    def stop(self) -> None:
-        """Pull no more. A generator that is running is cancelled, one that waits is closed."""
-        self.wake()
-        if self._pulling and self._scope is not None:
-            self._map.at_home(self._scope.cancel)
-
-    async def run(self) -> None:
-        """Pull until the source ends or nobody wants more."""
-        # Shielded, so that a source that is closed can clean up: stop() is what ends the pulling.
-        with CancelScope(shield=True) as scope:
-            self._scope = scope
-            try:
-                await self._pull()
-            except Exception as error:
-                self._map.end_source(error)
-            finally:
-                self._map.end_source()
-                if not scope.cancel_called:
-                    # In this very scope, since the generator may have scopes of its own open in it.
-                    scope.deadline = anyio.current_time() + CLOSE_SECONDS
-                    await self._close()
-        if scope.cancel_called:
-            with anyio.move_on_after(CLOSE_SECONDS, shield=True):
-                await self._close()
-
-    async def _pull(self) -> None:
-        while True:
-            while not self._map.has_room:
-                if self._map.exhausted:
-                    return
-                self._wanted = anyio.Event()
-                await self._wanted.wait()
-            self._pulling = True
-            try:
-                item = await anext(self._source)
-            except StopAsyncIteration:
-                return
-            finally:
-                self._pulling = False
-            if self._map.exhausted:
-                return
-            self._map.pulled()
-            self._ready.append(item)
-            self._map.wake_worker()
-
-    async def _close(self) -> None:
-        await close_quietly(self._source, "the source of a map")
-
-
-def _source_of(items: Iterable[T] | AsyncIterable[T]) -> Iterator[T] | AsyncIterator[T]:
-    if isinstance(items, AsyncIterable):
-        return aiter(items)
-    if isinstance(items, Iterable):
-        return iter(items)
-    raise TypeError(f"map() takes an iterable or an async iterable, not {type(items).__name__}")
 
 
 def _keywords(prompt: str | Mapping[str, Any]) -> Mapping[str, Any]:

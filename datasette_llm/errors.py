@@ -51,3 +51,14 @@ class ProviderUnreachable(Exception):
         return (
             f"no connection to {self.address or 'the provider'} for {self.seconds:.0f} seconds: {self.what}"
         )
+
+
+class WorkersError(Exception):
+    """Model calls cannot be made by workers as it was asked."""
+
+
+class NoWorkers(ProviderUnreachable):
+    """There was no worker for as long as prompts wait for one."""
+
+    def __str__(self) -> str:
+        return f"no worker for {self.seconds:.0f} seconds: {self.what}"

@@ -13,6 +13,7 @@ from .access.pricing_plugins import find_plugin_price
 from .calls.choice import Choice
 from .calls.loading import import_model_plugins, load_in_thread
 from .calls.prices import find_pricing, in_batches
+from .calls.workers import workers_from
 from .models import WrappedAsyncModel, open_group
 from .pace.policy import Patience
 
@@ -74,6 +75,7 @@ class LLM:
         wait_for_quota: float = 0.0,
         timeout: float | None = None,
         outage_timeout: float | Patience | None = None,
+        workers: Any = None,
     ) -> AbstractAsyncContextManager[GroupModel]:
         """Return a context manager that owns all prompts of its model: ``async with llm.group() as model``.
 
@@ -89,12 +91,23 @@ class LLM:
             timeout: how many seconds one attempt may take; else as configured.
             outage_timeout: how many seconds prompts wait for a provider that cannot be reached, together
                 and without using up their attempts. By default each waits as long as ``retries`` allows.
+            workers: who makes the model calls: a number of local processes that end with the group, the
+                address of a Dask scheduler (``tls://host:8786``), a mapping of it and its ``security``, or a
+                ``distributed.Client``; 0 is this process itself. Else as configured.
+
+        Raises:
+            ValueError: ``workers`` is none of these.
+            WorkersError: on entry: they cannot be used, or have another version of llm or of the model.
+            NoWorkers: on entry: there is none in time.
         """
+        asked = workers_from(workers)
         if isinstance(outage_timeout, (int, float)):
             outage_timeout = Patience(outage_timeout, together=True)
 
         async def choose() -> Choice:
             choice = await self._choose(model_id, purpose, actor)
+            if workers is not None:
+                choice = replace(choice, workers=asked)
             if timeout is None:
                 return choice
             return replace(choice, settings=replace(choice.settings, timeout=timeout))
@@ -172,6 +185,7 @@ class LLM:
             or await find_plugin_price(self.datasette, chosen)
             or await find_pricing(model),
             key_name=key_name,
+            workers=plan.settings.workers_of(purpose),
         )
 
     async def _resolve_model_id(

@@ -31,11 +31,14 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from ..pace.policy import ConcurrencyBounds, PromptSettings, RateLimit
+from .configured_workers import ConfiguredWorkers  # noqa: TC001 - pydantic reads it
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from datasette.app import Datasette
+
+    from ..calls.workers import Workers
 
 PLUGIN_NAME = "datasette-llm"
 ROOT = f"plugins.{PLUGIN_NAME}"
@@ -178,6 +181,7 @@ class Pace(Section):
     retries: Retries | None = None
     max_cost: Money | None = None
     confirm_above: Dollars | None = None
+    workers: ConfiguredWorkers = None
 
 
 class PurposeSettings(Pace):
@@ -257,6 +261,14 @@ class PluginSettings(Pace):
         own: float | None = None if section is None else getattr(section, name)
         general: float | None = getattr(self, name)
         return general if own is None else own
+
+    def workers_of(self, purpose: str | None) -> Workers | None:
+        """Return who makes the model calls of a purpose's groups; ``None`` is the process itself."""
+        section = self.purpose(purpose)
+        own: Workers | None = None if section is None else section.workers
+        general: Workers | None = self.workers
+        chosen = general if own is None else own
+        return None if chosen is None or chosen.count == 0 else chosen
 
     def prompt_settings(self, purpose: str | None, rate_limit: RateLimits | None) -> PromptSettings:
         """Return how prompts of a purpose run: its own settings, else the general ones, else the defaults."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import llm
 
     from .prices import Pricing
+    from .workers import Workers
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Choice:
         pricing: what its tokens cost, if anybody knows.
         batch: its prompts are answered in batches.
         key_name: where the key comes from, in words.
+        workers: who makes the model calls of a group, if not this process.
     """
 
     model: llm.AsyncModel | llm.AsyncKeyModel
@@ -43,6 +45,7 @@ class Choice:
     pricing: Pricing | None = None
     batch: bool = False
     key_name: str | None = None
+    workers: Workers | None = None
 
     def __post_init__(self) -> None:
         keep_secret(self.key)

@@ -213,7 +213,7 @@ def _classify_one(error: BaseException) -> Failure | None:
     if any(module in _TRANSPORTS and name in _TRANSPORT_ERRORS for module, name in names):
         return None if type(error).__name__ in _NOT_TRANSIENT else Failure("transient")
     if isinstance(error, json.JSONDecodeError):
-        return Failure("transient") if _was_raised_in_sdk(error) else None
+        return Failure("transient") if was_raised_in_sdk(error) else None
     if isinstance(code, str):
         return None
     if isinstance(error, OSError) and not isinstance(error, _FILE_ERRORS):
@@ -262,8 +262,18 @@ def _classify_words(text: str) -> Failure:
     return _PERMANENT
 
 
-def _was_raised_in_sdk(error: BaseException) -> bool:
-    """Broken JSON on the wire is read by an SDK; broken JSON that a model wrote is read by llm."""
+def note_raised_in_sdk(error: BaseException) -> None:
+    """Remember of an exception that an SDK raised it, where its traceback does not tell."""
+    error._datasette_llm_in_sdk = True  # type: ignore[attr-defined]
+
+
+def was_raised_in_sdk(error: BaseException) -> bool:
+    """Say whether it was an SDK's code that raised an exception, or an HTTP library's.
+
+    Broken JSON on the wire is read by an SDK; broken JSON that a model wrote is read by llm.
+    """
+    if getattr(error, "_datasette_llm_in_sdk", False):
+        return True
     frame = error.__traceback__
     while frame is not None:
         if frame.tb_frame.f_globals.get("__name__", "").partition(".")[0] in _WIRE_READERS:

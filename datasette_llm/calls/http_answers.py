@@ -45,6 +45,11 @@ class HttpAnswers:
         self.headers = response.headers
         self._responses.append(response)
 
+    def tell(self, status: int, headers: Mapping[str, str]) -> None:
+        """Note what was answered elsewhere."""
+        self.status = status
+        self.headers = headers
+
     def attach(self, error: BaseException) -> None:
         """Tell with an exception what the provider had answered, if that was a refusal or a failure."""
         if self.status is not None and self.status >= 400:
@@ -88,6 +93,13 @@ def saw(response: Any) -> None:
     answers = _current.get()
     if answers is not None:
         answers.saw(response)
+
+
+def tell(status: int, headers: Mapping[str, str]) -> None:
+    """Tell whoever watches in this task of a response that another process has got."""
+    answers = _current.get()
+    if answers is not None:
+        answers.tell(status, headers)
 
 
 def answer_of(error: BaseException) -> HttpAnswers | None:

@@ -170,6 +170,24 @@ what, how, limits, batches, output = (
     help="Wait so long for a provider that cannot be reached: 2h. By default 30 minutes, but 10 seconds if "
     "it never answered.",
 )
+@how(
+    "--workers",
+    type=click.IntRange(0, 256),
+    metavar="N",
+    help="Model calls are made by N processes of this machine, which end with the job.",
+)
+@how(
+    "--scheduler",
+    metavar="URL",
+    help="Model calls are made by the workers of a Dask cluster: tls://host:8786. Its certificates are "
+    "those of Dask's own configuration.",
+)
+@limits(
+    "--workers-timeout",
+    type=Duration(),
+    metavar="DURATION",
+    help="Wait so long while there is no worker: 10m. By default a minute.",
+)
 @limits(
     "--wait-for-quota",
     type=Duration(),
@@ -259,6 +277,11 @@ def enrich_command(
     from ..enrich.telling.display import open_display
     from ..enrich.telling.invocation import datasette_command
 
+    scheduler = asked.pop("scheduler")
+    if scheduler is not None:
+        if asked["workers"] is not None:
+            raise click.UsageError("--workers starts processes and --scheduler has some: give one of them.")
+        asked["workers"] = scheduler
     check_header(database)
     if queries and not models:
         models = (find_model(queries),)

@@ -62,6 +62,8 @@ async def enrich(
     wait_for_quota: float | None = None,
     timeout: float | None = None,
     outage_timeout: float | None = None,
+    workers: Any = None,
+    workers_timeout: float | None = None,
     on_progress: Callable[[EnrichProgress], Any] | None = None,
     lock_timeout: float = LOCKED_SECONDS,
     key: str | None = None,
@@ -121,6 +123,10 @@ async def enrich(
         outage_timeout: how many seconds a provider that cannot be reached is waited for, without using up
             any row's attempts: half an hour by default, or as configured; but ten seconds while it has not
             answered anything yet.
+        workers: who makes the model calls: a number of local processes, which end with the job, the address
+            of a Dask scheduler, a mapping of it and its ``security``, or a ``distributed.Client``; 0 is this
+            process itself. By default as configured.
+        workers_timeout: how many seconds rows wait while there is no worker: a minute by default.
         wait_for_quota: when the provider's quota is used up, wait for it to come back if that takes no
             longer than so many seconds; by default, and if it does, stop at once.
         on_progress: called a few times a second with an `EnrichProgress`; may be async.
@@ -179,6 +185,8 @@ async def enrich(
         wait_for_quota=wait_for_quota,
         timeout=timeout,
         outage_timeout=outage_timeout,
+        workers=workers,
+        workers_timeout=workers_timeout,
         key=key,
         batch=batch,
         batch_size=batch_size,

@@ -26,12 +26,14 @@ import anyio.to_thread
 from datasette_llm._compat import BaseExceptionGroup
 from datasette_llm.access.settings import get_settings
 from datasette_llm.backends.datasette_side import open_side
+from datasette_llm.calls.workers import workers_from
+from datasette_llm.errors import NoWorkers, WorkersError
 from datasette_llm.pace.policy import Patience
 
 from .asking import Asking
 from .collector import spare_older_objects
 from .database import read, write
-from .errors import DatabaseError, EnrichError
+from .errors import DatabaseError, EnrichError, EnrichInputError
 from .ledger import Ledger
 from .plan import make_plan
 from .reading.pages import count_rows
@@ -385,6 +387,7 @@ class EnrichJob:
             wait_for_quota=spec.wait_for_quota or 0.0,
             timeout=spec.timeout,
             outage_timeout=self._patience(),
+            workers=workers_from(spec.workers, timeout=spec.workers_timeout) or spec.workers,
         )
         return group
 
@@ -431,8 +434,17 @@ def raise_bare(group: BaseExceptionGroup[BaseException]) -> None:
     """Raise the one exception in a group bare, or the first if the database failed several tasks."""
     leaves = list(_leaves(group))
     if len(leaves) == 1 or all(isinstance(leaf, EnrichError) for leaf in leaves):
-        raise leaves[0]
+        raise _as_the_jobs(leaves[0])
     raise group
+
+
+def _as_the_jobs(error: BaseException) -> BaseException:
+    """Return what the job ends with: that there are no workers for it is nothing that was not foreseen."""
+    if isinstance(error, WorkersError):
+        return EnrichInputError(f"The workers cannot be used: {error}")
+    if isinstance(error, NoWorkers):
+        return EnrichError(f"Nothing was sent: {error}")
+    return error
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

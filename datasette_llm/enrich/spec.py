@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
+from datasette_llm.calls.workers import workers_from
+
 from .database import LOCKED_SECONDS
 from .errors import EnrichInputError
 from .telling.words import nearest
@@ -81,6 +83,8 @@ class JobSpec:
     wait_for_quota: float | None = None
     timeout: float | None = None
     outage_timeout: float | None = None
+    workers: Any = None
+    workers_timeout: float | None = None
     key: str | None = field(default=None, repr=False)
     batch: bool = False
     batch_size: int | None = None
@@ -112,10 +116,15 @@ class JobSpec:
             "wait_for_quota",
             "timeout",
             "outage_timeout",
+            "workers_timeout",
         ):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise EnrichInputError(f"{name} must be more than 0, not {value}")
+        try:
+            workers_from(self.workers)
+        except ValueError as error:
+            raise EnrichInputError(str(error)) from None
         self._check_stale()
         self._check_batch()
         if not self.lock_timeout >= 0:

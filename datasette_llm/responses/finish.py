@@ -158,6 +158,12 @@ def note(
     setattr(response, _NOTED, new if old is None else _completed(new, old))
 
 
+def noted(response: llm.AsyncResponse) -> Said | None:
+    """Return what was noted of the end of an answer as it passed."""
+    found: Said | None = getattr(response, _NOTED, None)
+    return found
+
+
 def was_noted(response: llm.AsyncResponse) -> bool:
     """Say whether the end of an answer was noted as it passed."""
     return hasattr(response, _NOTED)

@@ -71,6 +71,11 @@ class GroupSupervisor(Supervisor):
             patience=patience,
             urgent=bool(choice.settings.interactive),
         )
+        if choice.workers is not None and offline is None:
+            # What the prompts of this group share is somewhere else: its model's calls are made there.
+            from ..calls.remote.proxy import RemotePool
+
+            self.clients = RemotePool(choice.workers)
         if offline is not None:
             self.call_type = offline.call_type
         if not self.clients.adopt(choice.model, offline or throttle.observe) and offline is not None:

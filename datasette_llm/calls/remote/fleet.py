@@ -1,0 +1,305 @@
+"""Which worker makes a call, and what becomes of it when that worker dies.
+
+A fleet lives on an event loop of its own, most often in a thread of its own; whoever asks lives on another
+(`seat`). A call goes to the worker that has the fewest in flight, so one that is slow or far away gets
+fewer. A worker that is gone has its calls made by others, unless somebody has read a part of the answer:
+that is told as a broken connection, and the prompt's own rules decide.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import anyio
+
+from ...backends.loops import LoopDoor, loop_clock
+from ...errors import NoWorkers, WorkersError
+from ..workers import TIMEOUT_SECONDS
+from .line import Line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping
+
+    from .line import Link
+    from .seat import Call, Readiness
+
+logger = logging.getLogger("datasette_llm")
+
+#: Seconds between two looks at who is there.
+LOOK_SECONDS = 0.5
+#: Seconds until a worker that could not be reached is tried again.
+RETRY_SECONDS = 2.0
+#: So often a call may lose its worker.
+MOST_DEATHS = 3
+
+
+class CallKillsWorkers(Exception):
+    """Each worker that had this call died."""
+
+
+class WorkerGone(ConnectionError):
+    """The worker was gone when a part of the answer had been read."""
+
+
+class Source(Protocol):
+    """Where workers come from."""
+
+    async def addresses(self) -> Collection[str]:
+        """Return who is there now. Raises when nobody knows."""
+
+    async def connect(self, address: str) -> Link:
+        """Begin to work with a worker."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a fleet did so far.
+
+    Attributes:
+        workers: calls in flight, by worker.
+        waiting: calls that wait for a worker.
+        prompts: calls that were answered or have failed, by worker.
+        deaths: workers that were lost.
+        again: calls that were sent a second time.
+    """
+
+    workers: Mapping[str, int]
+    waiting: int
+    prompts: Mapping[str, int]
+    deaths: int
+    again: int
+
+
+class Fleet:
+    """Workers, and the calls they have.
+
+    Args:
+        timeout: how many seconds calls wait while there is no worker.
+    """
+
+    def __init__(self, timeout: float = TIMEOUT_SECONDS) -> None:
+        self.timeout = timeout
+        self.lines: dict[str, Line] = {}
+        self._queue: deque[Call] = deque()
+        self._inbox: deque[Callable[[], object]] = deque()
+        self._told = False
+        self._closing = False
+        self._door: LoopDoor | None = None
+        self._source: Source | None = None
+        self._connecting: set[str] = set()
+        self._unfit: dict[str, str] = {}
+        self._models: dict[str, Mapping[str, Any]] = {}
+        self._waiting_since: float | None = None
+        self._looked = anyio.Event()
+        self._trouble: str | None = None
+        self._prompts: dict[str, int] = {}
+        self.deaths = 0
+        self.again = 0
+
+    @property
+    def figures(self) -> Figures:
+        """What it did so far; may be read from any thread."""
+        lines = list(self.lines.values())
+        return Figures(
+            {line.address: len(line.in_flight) for line in lines},
+            len(self._queue),
+            dict(self._prompts),
+            self.deaths,
+            self.again,
+        )
+
+    # From other threads
+
+    def tell(self, what: Callable[[], object]) -> None:
+        """Have the fleet's loop call a function soon, together with what else it is told."""
+        self._inbox.append(what)
+        if not self._told and self._door is not None:
+            self._told = True
+            self._door.call_soon(self._hear)
+
+    def _hear(self) -> None:
+        self._told = False
+        while self._inbox:
+            self._inbox.popleft()()
+
+    # On the fleet's own loop
+
+    async def run(self, source: Source, *, started: Callable[[], object] | None = None) -> None:
+        """Look after the workers until cancelled."""
+        self._clock = loop_clock()
+        self._source = source
+        async with anyio.create_task_group() as self._tasks:
+            self._door = LoopDoor()
+            self._hear()
+            if started is not None:
+                started()
+            try:
+                while True:
+                    await self._look()
+                    await anyio.sleep(LOOK_SECONDS)
+            finally:
+                self._closing = True
+
+    async def _look(self) -> None:
+        assert self._source is not None
+        try:
+            with anyio.fail_after(LOOK_SECONDS * 10):
+                present = set(await self._source.addresses())
+            self._trouble = None
+        except Exception as error:
+            # The workers that are there go on while they answer.
+            self._trouble = " ".join(str(error).split()) or type(error).__name__
+            present = set(self.lines)
+        for address, line in list(self.lines.items()):
+            if address not in present or line.silent:
+                line.give_up()
+        for address in present - self.lines.keys() - self._connecting - self._unfit.keys():
+            self._connecting.add(address)
+            self._tasks.start_soon(self._work_with, address)
+        self._unfit = {address: why for address, why in self._unfit.items() if address in present}
+        self._look_at_the_queue()
+        looked, self._looked = self._looked, anyio.Event()
+        looked.set()
+
+    def _look_at_the_queue(self) -> None:
+        if not self._queue or any(self._fits(line, self._queue[0]) for line in self.lines.values()):
+            self._waiting_since = None
+            return
+        now = self._clock()
+        if self._waiting_since is None:
+            self._waiting_since = now
+            logger.warning("No worker is there: %d prompts wait for one", len(self._queue))
+        if now - self._waiting_since >= self.timeout:
+            error = self.nobody(now - self._waiting_since)
+            waiting, self._queue = self._queue, deque()
+            self._waiting_since = None
+            for call in waiting:
+                call.fail(error)
+
+    def nobody(self, seconds: float) -> NoWorkers:
+        """Return the error for having waited so long."""
+        if self._unfit:
+            address, why = next(iter(self._unfit.items()))
+            what = f"{address} cannot be used: {why}"
+        elif refused := [(line.address, why) for line in self.lines.values() for why in line.unfit.values()]:
+            what = "worker {}: {}".format(*refused[0])
+        else:
+            what = self._trouble or "the scheduler has none"
+        return NoWorkers(None, what, seconds, reached=bool(self._prompts))
+
+    async def _work_with(self, address: str) -> None:
+        assert self._source is not None
+        line: Line | None = None
+        try:
+            with anyio.move_on_after(self.timeout):
+                link = await self._source.connect(address)
+                line = Line(address, link, self)
+                unfit = await line.greet()
+                if unfit is not None:
+                    self._unfit[address] = unfit
+                    logger.warning("The worker %s cannot be used: %s", address, unfit)
+                    await line.say_goodbye()
+                    return
+                for model in self._models.values():
+                    await line.check(model)
+        except Exception as error:
+            logger.debug("No connection to the worker %s: %s", address, error)
+            await anyio.sleep(RETRY_SECONDS)
+            return
+        finally:
+            self._connecting.discard(address)
+        if line is None:
+            return
+        self.lines[address] = line
+        self._prompts.setdefault(address, 0)
+        while self._queue and self._fits(line, self._queue[0]):
+            self.submit(self._queue.popleft())
+        self._look_at_the_queue()
+        try:
+            await line.run()
+        finally:
+            del self.lines[address]
+            left = line.take_back()
+            if not line.ended and not self._closing:
+                self.deaths += 1
+                logger.warning("The worker %s is gone; %d prompts go to another one", address, len(left))
+            for call in left:
+                self._lost_its_worker(call, address)
+
+    def _lost_its_worker(self, call: Call, address: str) -> None:
+        call.deaths += 1
+        if call.heard:
+            call.fail(WorkerGone(f"the worker {address} is gone in the middle of its answer"))
+        elif call.deaths >= MOST_DEATHS:
+            call.fail(
+                CallKillsWorkers(f"{call.deaths} workers that were given this prompt died, one after another")
+            )
+        else:
+            self.again += 1
+            self.submit(call)
+
+    def submit(self, call: Call) -> None:
+        """Give a call to the worker that has the fewest, or let it wait for one."""
+        if call.over:
+            return
+        best: Line | None = None
+        for line in self.lines.values():
+            if (best is None or len(line.in_flight) < len(best.in_flight)) and self._fits(line, call):
+                best = line
+        if best is None:
+            self._queue.append(call)
+            self._look_at_the_queue()
+        else:
+            best.put(call)
+
+    def withdraw(self, call: Call) -> None:
+        """Cancel a call that is not wanted any more."""
+        if call.line is not None:
+            call.line.cancel(call)
+        elif call in self._queue:
+            self._queue.remove(call)
+
+    def answered(self, line: Line, call: Call) -> None:
+        """Count a call that has come to its end."""
+        self._prompts[line.address] = self._prompts.get(line.address, 0) + 1
+
+    @staticmethod
+    def _fits(line: Line, call: Call) -> bool:
+        return not line.closing and call.model_id not in line.unfit
+
+    def prepare(self, readiness: Readiness) -> None:
+        """See that calls to a model can be made, and tell when that is known."""
+        self._models[readiness.model["id"]] = readiness.model
+        self._tasks.start_soon(self._prepare, readiness)
+
+    async def _prepare(self, readiness: Readiness) -> None:
+        began = self._clock()
+        while not self.lines:
+            if self._unfit and not self._connecting:
+                readiness.refuse(WorkersError(str(self.nobody(0.0).what)))
+                return
+            if self._clock() - began >= self.timeout:
+                readiness.refuse(self.nobody(self._clock() - began))
+                return
+            with anyio.move_on_after(max(0.0, began + self.timeout - self._clock())):
+                await self._looked.wait()
+        differences: list[str] = []
+        for line in list(self.lines.values()):
+            try:
+                why = await line.check(readiness.model)
+                if why is None and readiness.key is not None:
+                    why = await line.offer(readiness.key)
+            except Exception as error:
+                logger.debug("The worker %s did not answer: %s", line.address, error)
+                continue
+            if why is not None:
+                differences.append(f"worker {line.address}: {why}")
+        if differences and len(differences) >= len(self.lines):
+            readiness.refuse(WorkersError("; ".join(differences[:3])))
+            return
+        for difference in differences:
+            logger.warning("Not used for %s: %s", readiness.model["id"], difference)
+        readiness.accept()

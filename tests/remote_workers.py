@@ -1,0 +1,119 @@
+"""Workers without processes: benches on the test's own event loop, that can be killed and slowed down."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import anyio
+
+from datasette_llm.calls.remote.bench import Bench
+from datasette_llm.calls.remote.fleet import Fleet
+from datasette_llm.calls.workers import Workers
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Collection
+
+    from anyio.abc import TaskGroup, TaskStatus
+
+
+class FakeLink:
+    """Carries parcels to a bench at once, or after a while; breaks when the worker is killed.
+
+    Attributes:
+        calls: how many calls were sent.
+        parcels: everything that was carried there.
+    """
+
+    def __init__(self, delay: float = 0.0, *, private: bool = True) -> None:
+        self.private = private
+        self.calls = 0
+        self.parcels: list[bytes] = []
+        self.dead = False
+        self.bench = Bench()
+        self.scope = anyio.CancelScope()
+        self._delay = delay
+
+    async def _carry(self) -> None:
+        if self._delay:
+            await anyio.sleep(self._delay)
+        if self.dead:
+            raise OSError("connection refused")
+
+    async def run(self, *, task_status: TaskStatus[None]) -> None:
+        with self.scope:
+            await self.bench.run(task_status=task_status)
+
+    async def ask(self, request: bytes) -> bytes:
+        await self._carry()
+        self.parcels.append(request)
+        return self.bench.ask(request)
+
+    async def send(self, parcel: bytes) -> None:
+        await self._carry()
+        self.parcels.append(parcel)
+        self.calls += parcel.count(b'"prompt":')
+        self.bench.take(parcel)
+
+    async def poll(self, acknowledged: int) -> bytes:
+        content = await self.bench.poll(acknowledged)
+        await self._carry()
+        return content
+
+    async def aclose(self) -> None:
+        if not self.dead:
+            self.bench.end()
+
+
+class FakeWorkers:
+    """Where the fleet of a test gets its workers.
+
+    Attributes:
+        links: of the workers that are or were there, by address.
+        reachable: whether the scheduler answers.
+    """
+
+    def __init__(self, tasks: TaskGroup, fleet: Fleet, *, private: bool = True) -> None:
+        self.links: dict[str, FakeLink] = {}
+        self.reachable = True
+        self.fleet = fleet
+        self.spec = Workers(fleet=fleet)
+        self._private = private
+        self._tasks = tasks
+        self._delays: dict[str, float] = {}
+
+    def add(self, address: str, delay: float = 0.0) -> None:
+        """Have a worker join."""
+        self._delays[address] = delay
+
+    def kill(self, address: str) -> None:
+        """Have a worker vanish in the middle of what it does."""
+        del self._delays[address]
+        link = self.links[address]
+        link.dead = True
+        link.scope.cancel()
+
+    async def addresses(self) -> Collection[str]:
+        if not self.reachable:
+            raise OSError("the scheduler does not answer")
+        return list(self._delays)
+
+    async def connect(self, address: str) -> FakeLink:
+        link = self.links[address] = FakeLink(self._delays[address], private=self._private)
+        await self._tasks.start(link.run)
+        return link
+
+
+@asynccontextmanager
+async def fake_workers(
+    *addresses: str, timeout: float = 60.0, private: bool = True
+) -> AsyncIterator[FakeWorkers]:
+    """Run a fleet with these workers."""
+    async with anyio.create_task_group() as tasks:
+        fleet = Fleet(timeout)
+        workers = FakeWorkers(tasks, fleet, private=private)
+        for address in addresses:
+            workers.add(address)
+        tasks.start_soon(fleet.run, workers)
+        yield workers
+        tasks.cancel_scope.cancel()

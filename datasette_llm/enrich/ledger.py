@@ -218,6 +218,8 @@ class Ledger:
         return redacted(str(error)) or "(no message)"
 
     def update_progress(self, report: EnrichReport) -> None:
+        if self.model is None:
+            return  # It was stopped before there was a group.
         progress, stats = self.progress, self.model.stats
         progress.total, progress.skipped = report.total, report.skipped
         progress.done, progress.written = report.done, report.written

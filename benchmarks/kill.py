@@ -238,8 +238,17 @@ def _spread(values: list[float]) -> str:
     return f"median {median(values):.3g}, most {max(values):.3g}"
 
 
-async def live(table: Table, provider: Witness, llm_directory: Path, seconds: float | None) -> Kill | str:
+async def live(
+    table: Table,
+    provider: Witness,
+    llm_directory: Path,
+    seconds: float | None,
+    *options: str,
+) -> Kill | str:
     """Run the command once, and kill it so long after its first answer (``None``: let it be).
+
+    Args:
+        options: more of the command line.
 
     Returns:
         the kill, or what it printed if it came to its own end.
@@ -252,6 +261,7 @@ async def live(table: Table, provider: Witness, llm_directory: Path, seconds: fl
         [
             *(sys.executable, "-m", "datasette", "llm", "enrich", str(table.path), "jobs", "{{ text }}"),
             *("--column", "answer", "--model", MODEL_ID, "--concurrency", str(CONCURRENCY), "--quiet"),
+            *options,
         ],
         stderr=subprocess.STDOUT,
         cwd=ROOT,

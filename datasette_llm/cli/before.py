@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import textwrap
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ def show_estimate(make: Callable[[], Any], spec: JobSpec, backend: str, *, as_js
     if as_json:
         click.echo(json.dumps(found.as_dict(), indent=2))
         return
-    click.echo(found.line())
+    click.echo(_wrapped(found.line()) if sys.stdout.isatty() else found.line())
     click.echo(f"Told from {_BASES[found.basis]}. Rows that ask the same are asked once. Nothing was sent.")
 
 
@@ -82,14 +83,14 @@ def asking_first(
         if limit is None or yes:
 
             async def tell() -> str:
-                return (await estimate_job(datasette, spec)).line()
+                return _wrapped((await estimate_job(datasette, spec)).line())
 
             return tell
         found = await estimate_job(datasette, spec)
         if not found.rows:
             return None
         if shown:
-            click.echo(found.line(), err=True)
+            click.echo(_wrapped(found.line()), err=True)
         if found.cost is not None and found.cost <= limit:
             return None
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
@@ -102,6 +103,10 @@ def asking_first(
         return None
 
     return before
+
+
+def _wrapped(line: str) -> str:
+    return textwrap.fill(line, shutil.get_terminal_size().columns - 1, subsequent_indent="    ")
 
 
 def _with_job(

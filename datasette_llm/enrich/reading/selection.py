@@ -208,11 +208,10 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class FailedSelection:
-    """The rows of a selection that are recorded as failed, read by way of their records."""
+class Narrowed:
+    """Those rows of a selection that something else than a condition tells; to count them is to read them."""
 
     rows: Selection
-    label: str
 
     def check(self, conn: sqlite3.Connection) -> None:
         self.rows.check(conn)
@@ -222,6 +221,19 @@ class FailedSelection:
     ) -> tuple[int, tuple[SQLValue, ...] | None]:
         rows, last = self.page(conn, after)
         return len(rows), last
+
+    def page(
+        self, conn: sqlite3.Connection, after: tuple[SQLValue, ...] | None, size: int = PAGE_ROWS
+    ) -> tuple[list[Row], tuple[SQLValue, ...] | None]:
+        """Like `Selection.page`; what ``after`` is, each kind says."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class FailedSelection(Narrowed):
+    """The rows of a selection that are recorded as failed, read by way of their records."""
+
+    label: str
 
     def page(
         self, conn: sqlite3.Connection, after: tuple[SQLValue, ...] | None, size: int = PAGE_ROWS
@@ -251,7 +263,7 @@ class FailedSelection:
 
 
 @dataclass(frozen=True)
-class NamedSelection:
+class NamedSelection(Narrowed):
     """Those rows of a selection that somebody else has named, such as one page of a table.
 
     Attributes:
@@ -259,18 +271,8 @@ class NamedSelection:
         keys: the values, one tuple a row.
     """
 
-    rows: Selection
     columns: tuple[str, ...]
     keys: tuple[tuple[SQLValue, ...], ...]
-
-    def check(self, conn: sqlite3.Connection) -> None:
-        self.rows.check(conn)
-
-    def count(
-        self, conn: sqlite3.Connection, after: tuple[SQLValue, ...] | None
-    ) -> tuple[int, tuple[SQLValue, ...] | None]:
-        rows, last = self.page(conn, after)
-        return len(rows), last
 
     def page(
         self, conn: sqlite3.Connection, after: tuple[SQLValue, ...] | None, size: int = PAGE_ROWS

@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING
 
 from ..errors import RowError
 from ..record.answers import has_no_value_sql, question_sql
-from .selection import PAGE_BYTES, PAGE_ROWS, Row, size_of
+from .selection import PAGE_BYTES, PAGE_ROWS, Narrowed, Row, size_of
 
 if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Callable
 
     from ..sql import SQLValue
-    from .selection import Selection
 
 
 @dataclass(frozen=True)
-class StaleSelection:
+class StaleSelection(Narrowed):
     """The stale rows of a selection.
 
     Attributes:
@@ -32,19 +31,9 @@ class StaleSelection:
         question: returns the prompt of a row, empty if there is nothing to ask, and its hash.
     """
 
-    rows: Selection
     outputs: tuple[str, ...]
     job: int
     question: Callable[[Row], tuple[str, bytes]]
-
-    def check(self, conn: sqlite3.Connection) -> None:
-        self.rows.check(conn)
-
-    def count(
-        self, conn: sqlite3.Connection, after: tuple[SQLValue, ...] | None
-    ) -> tuple[int, tuple[SQLValue, ...] | None]:
-        rows, last = self.page(conn, after)
-        return len(rows), last
 
     def page(
         self, conn: sqlite3.Connection, after: tuple[SQLValue, ...] | None, size: int = PAGE_ROWS

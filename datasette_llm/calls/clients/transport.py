@@ -211,7 +211,7 @@ def client_factory(package: Any) -> tuple[Any, Any] | None:
 def leanest(package: Any, factory: Any, library: Any, backend: str) -> Any:
     """Return what an SDK makes HTTP clients with that take the least CPU, where that is installed.
 
-    On asyncio that is the SDK's own client on aiohttp (``datasette-llm[fast]``): a quarter less of a prompt.
+    On asyncio that is the SDK's own client on aiohttp (``datasette-llm[fast]``): a tenth to four tenths less.
 
     Args:
         package: the SDK.

@@ -8,10 +8,12 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 from datasette.app import Datasette
 
-from datasette_llm.pages.jobs import live
+from datasette_llm.enrich.spec import JobSpec
+from datasette_llm.pages.jobs import is_possible, live
 from datasette_llm.pages.jobs.chart import POINTS, History, draw
 from datasette_llm.pages.jobs.filters import literal, query_about_rows, with_literals
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 pytestmark = [
     pytest.mark.real_clock,
-    pytest.mark.skipif(not live.is_possible(Datasette), reason="this Datasette has no background tasks"),
+    pytest.mark.skipif(not is_possible(Datasette), reason="this Datasette has no background tasks"),
 ]
 
 ANA = {"id": "ana"}
@@ -200,6 +202,10 @@ async def test_who_may_see_and_start_jobs(file: TableFile) -> None:
             for action in ("pause", "resume", "cancel", "go-on", "retry", "stale"):
                 assert (await pages.post(f"{open_one}/{action}", actor=BEN)).status_code == 403
                 assert (await pages.get(f"{open_one}/{action}")).status_code == 405
+            elsewhere = {"sec-fetch-site": "cross-site", "origin": "https://elsewhere.example"}
+            for address in (FORM, f"{open_one}/stale"):
+                sent = await pages.datasette.client.post(address, data=ASK, actor=ANA, headers=elsewhere)
+                assert sent.status_code == 403
 
 
 async def test_pause_go_on_and_a_second_job_on_the_column(file: TableFile) -> None:
@@ -321,6 +327,28 @@ async def test_progress_comes_as_events(file: TableFile, monkeypatch: pytest.Mon
             answer.set()
             await pages.ended(path)
             assert "event: end" in (await pages.get(path + "/events")).text
+
+
+async def test_those_who_watch_share_what_they_see() -> None:
+    made: list[int] = []
+
+    async def make() -> str:
+        made.append(1)
+        await anyio.lowlevel.checkpoint()
+        return f"made {len(made)} times"
+
+    job = live.LiveJob(Datasette(), JobSpec(database="data", table="words", prompt="Say"))
+    seen: list[str] = []
+
+    async def watch() -> None:
+        seen.append(await job.shown(make))
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(10):
+            tasks.start_soon(watch)
+    assert seen == ["made 1 times"] * 10
+    job.pause()
+    assert await job.shown(make) == "made 2 times"
 
 
 def test_parameters_become_literals_but_not_where_they_only_look_like_it() -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 from datasette.app import Datasette
 
-from datasette_llm.pages.jobs import live
+from datasette_llm.pages.jobs import is_possible
 
 from ..enrich_tables import TableFile
 from ..patience import PATIENCE_SECONDS
@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.system,
     needs_browser,
     needs_axe,
-    pytest.mark.skipif(not live.is_possible(Datasette), reason="this Datasette has no background tasks"),
+    pytest.mark.skipif(not is_possible(Datasette), reason="this Datasette has no background tasks"),
 ]
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from datasette.app import Datasette
 
 from datasette_llm import LLM
 from datasette_llm.enrich.spec import JobSpec
-from datasette_llm.pages.jobs import live
+from datasette_llm.pages.jobs import is_possible, live
 
 from ..fakes import FakeModel, registered
 from ..hooks import hooked
@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.real_clock,
     pytest.mark.system,
     needs_browser,
-    pytest.mark.skipif(not live.is_possible(Datasette), reason="this Datasette has no background tasks"),
+    pytest.mark.skipif(not is_possible(Datasette), reason="this Datasette has no background tasks"),
 ]
 
 GROUPS, JOBS = 'table[data-rows="groups"]', 'table[data-rows="jobs"]'

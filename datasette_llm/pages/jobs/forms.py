@@ -15,12 +15,12 @@ from ...enrich.job import EnrichJob
 from ...enrich.trial import try_rows
 from ...errors import ModelNotFoundError
 from ...secrecy import redacted
-from . import live
+from . import is_possible, live
 from .again import spec_of
 from .counting import rows_in_words
 from .filters import Filtered, query_about_rows, read_filters
 from .form import check, open_form, values_of
-from .paths import job_path
+from .paths import form_path, job_path
 from .rights import check_may_start
 from .story import find_run
 
@@ -38,7 +38,7 @@ async def form_page(datasette: Any, request: Any) -> Any:
     database = datasette.get_database(route=tilde_decode(request.url_vars["database"])).name
     table = tilde_decode(request.url_vars["table"])
     visitor = await check_may_start(datasette, request.actor, database, table)
-    if not live.is_possible(datasette):
+    if not is_possible(datasette):
         raise BadRequest("Jobs in the browser need Datasette 1.0a40 or newer: upgrade it, or use the command")
     filtered, values = await _asked(datasette, request, database, table)
     sent = request.method == "POST"
@@ -106,7 +106,8 @@ async def _rendered(
         "rows": await rows_in_words(find_database(datasette, database), form.table, filtered),
         "filtered": filtered,
         # As it came, so that the rows stay the same: of a filter, or of an earlier run.
-        "action": request.path + (f"?{request.query_string}" if request.query_string else ""),
+        "action": form_path(datasette, database, form.table.name)
+        + (f"?{request.query_string}" if request.query_string else ""),
         "back": _back(datasette, request, database, form.table.name),
         **shown,
     }

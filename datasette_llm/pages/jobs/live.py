@@ -175,11 +175,6 @@ class LiveJob:
 _jobs: WeakKeyDictionary[Any, list[LiveJob]] = WeakKeyDictionary()
 
 
-def is_possible(datasette: Any) -> bool:
-    """Say whether this Datasette can own a job: since 1.0a40."""
-    return hasattr(datasette, "add_background_task")
-
-
 async def start(datasette: Any, spec: JobSpec) -> LiveJob:
     """Start a job; returns when it is on record, or has ended because nothing can or need be done."""
     live = LiveJob(datasette, spec)

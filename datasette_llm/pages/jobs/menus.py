@@ -6,8 +6,8 @@ from typing import Any
 
 from ...enrich.reading.table import OWN_PREFIX
 from ...enrich.record.tables import RUNS_TABLE
+from . import is_possible
 from .filters import query_about_rows
-from .live import is_possible
 from .paths import form_path, jobs_path
 from .rights import may_start
 

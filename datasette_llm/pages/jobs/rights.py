@@ -49,7 +49,8 @@ async def check_may_start(datasette: Any, actor: dict[str, Any] | None, database
     """
     visitor = await may_start(datasette, actor, database, table)
     if visitor is None:
-        raise Forbidden("A job of a language model on this table takes the permission update-row on it")
+        needed = "update-row and enrichments" if is_possible() else "update-row"
+        raise Forbidden(f"A job of a language model on this table takes {needed}")
     return visitor
 
 

@@ -10,7 +10,7 @@ from datasette.utils.asgi import NotFound, Response
 from ...enrich.errors import EnrichError
 from ...errors import ModelNotFoundError
 from ...secrecy import redacted
-from . import live
+from . import is_possible, live
 from .again import spec_again
 from .paths import form_path, job_path
 from .rights import check_may_see, check_may_start, may_see, may_start
@@ -98,7 +98,7 @@ async def _page(
         "base": base,
         "message": message,
         "asked": asked_in_words(run),
-        "may_act": may and live.is_possible(datasette),
+        "may_act": may and is_possible(datasette),
         "again": f"{form_path(datasette, database.name, table)}?_run={run['id']}",
         **await page_of(datasette, database, run),
     }

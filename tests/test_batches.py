@@ -12,6 +12,7 @@ from datasette_llm.calls.batches.openai import OpenAIBatches
 from datasette_llm.enrich import EnrichError, EnrichInputError, EnrichJob, JobSpec
 from datasette_llm.enrich.batches import courier, outbox
 from datasette_llm.enrich.batches.way import BatchWay
+from datasette_llm.enrich.estimate import estimate_job
 
 from .enrich_tables import TableFile, fake_model
 from .fakes import registered
@@ -225,10 +226,13 @@ async def test_what_a_killed_process_left_is_put_right(
     async def die(*_: Any, **__: Any) -> Any:
         raise Killed
 
+    async def forget(box: outbox.Outbox) -> None:
+        box._file.close()
+
     with monkeypatch.context() as patch:
         if state == "writing":
             patch.setattr(outbox.Outbox, "seal", die)
-            patch.setattr(outbox.Outbox, "discard", die)
+            patch.setattr(outbox.Outbox, "discard", forget)
         elif state == "prepared":
             patch.setattr(OpenAIBatches, "upload", die)
         elif state == "creating":
@@ -307,6 +311,18 @@ async def test_the_estimated_cost_of_what_is_sent_is_limited(job: Job) -> None:
     report = await job.run(max_cost=1.2)
     assert report.stopped == "max_cost"
     assert 0 < report.submitted < 10
+
+
+async def test_an_estimate_says_both_prices(job: Job) -> None:
+    datasette = job.file.datasette(config={"plugins": {"datasette-llm": job.config}})
+    spec = JobSpec(
+        database="data", table="t", prompt="{{ text }}", column="answer", model="batched", batch=True
+    )
+    found = await estimate_job(datasette, spec)
+    assert found.cost is not None
+    assert found.due == found.batch_cost == pytest.approx(found.cost / 2)
+    assert "in batches" in found.line()
+    assert found.as_dict()["batch_cost"] == found.batch_cost
 
 
 @pytest.mark.parametrize(

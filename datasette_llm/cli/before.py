@@ -91,7 +91,7 @@ def asking_first(
             return None
         if shown:
             click.echo(_wrapped(found.line()), err=True)
-        if found.cost is not None and found.cost <= limit:
+        if found.due is not None and found.due <= limit:
             return None
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise InputProblem(

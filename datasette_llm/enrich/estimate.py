@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import random
 import statistics
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from datasette_llm.backends.datasette_side import open_side
-from datasette_llm.calls.prices import Usage
+from datasette_llm.calls.prices import Usage, in_batches
 
 from .database import read
 from .errors import RowError
@@ -178,6 +178,7 @@ class Estimate:
         basis: what tokens are told from: ``"characters"``, ``"earlier runs"`` or ``"try"``.
         seconds: how long it takes, if that is known.
         attachments: there are attachments, whose tokens nobody has counted.
+        batch_cost: what it costs in batches, if that was asked and a price is known.
     """
 
     model: str
@@ -190,10 +191,19 @@ class Estimate:
     basis: str = "characters"
     seconds: float | None = field(default=None)
     attachments: bool = False
+    batch_cost: float | None = None
+
+    @property
+    def due(self) -> float | None:
+        """What is to be paid, the way the job goes."""
+        return self.cost if self.batch_cost is None else self.batch_cost
 
     def as_dict(self) -> dict[str, Any]:
         """Return the estimate as data that JSON can show."""
-        return {**asdict(self), "input_error": round(self.input_error, 4)}
+        data = {**asdict(self), "input_error": round(self.input_error, 4)}
+        if self.batch_cost is None:
+            del data["batch_cost"]
+        return data
 
     def line(self) -> str:
         """Return it as one line for people."""
@@ -211,9 +221,11 @@ class Estimate:
         if self.cost is None:
             parts.append("no price known")
         else:
-            parts.append(
-                f"{dollars(self.cost)}{'' if self.output_tokens is not None else ' and the answers'}"
-            )
+            answers = "" if self.output_tokens is not None else " and the answers"
+            if self.batch_cost is None:
+                parts.append(f"{dollars(self.cost)}{answers}")
+            else:
+                parts.append(f"{dollars(self.batch_cost)}{answers} in batches, {dollars(self.cost)} live")
         return ", ".join(parts)
 
 
@@ -291,7 +303,12 @@ async def estimate_job(datasette: Any, spec: JobSpec) -> Estimate:
         plan = await make_plan(datasette, spec)
         model = await LLM(datasette).model(spec.model, purpose=spec.purpose, actor=spec.actor)
         spec.check_model(model, plan.schema)
-        return await estimate(plan.for_model(model), model)
+        found = await estimate(plan.for_model(model), model)
+    cheaper = in_batches(model.pricing) if spec.batch else None
+    if cheaper is None:
+        return found
+    usage = Usage(found.input_tokens, found.output_tokens or 0)
+    return replace(found, batch_cost=cheaper.cost(usage))
 
 
 def _used_before(conn: sqlite3.Connection, plan: Plan, model_id: str) -> tuple[float, float] | None:

@@ -1,0 +1,200 @@
+"""``python -m benchmarks.batch_kill``: what is lost or sent twice when a job with batches is killed.
+
+Runs the real command, ``datasette llm enrich --batch``, in a process of its own against a provider of batches
+in this one; kills it with SIGKILL at random moments (a seed decides) while it submits or collects; runs the
+same command again. When a table is complete the next one is begun, and the last one is run to its end.
+
+The provider writes down every prompt that it is to answer, a trigger of the table every value that is written
+over another one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+from .batch_provider import BatchProvider, Settings
+from .launch import ROOT, own_environment
+from .provider import answer_text
+
+MODEL_ID = "loopback"
+HOUR = 3_600.0
+PATIENCE_SECONDS = 300.0
+
+
+class Table:
+    """A table whose values are watched by a trigger."""
+
+    def __init__(self, directory: Path, number: int, rows: int) -> None:
+        self.path = directory / f"table{number}.db"
+        self.prompts = {key: f"table {number} row {key}" for key in range(1, rows + 1)}
+        with closing(sqlite3.connect(self.path)) as database:
+            database.execute("create table jobs (id integer primary key, text text, answer text)")
+            database.executemany("insert into jobs (id, text) values (?, ?)", self.prompts.items())
+            database.execute("create table overwritten (id integer)")
+            database.execute(
+                "create trigger watch after update of answer on jobs when old.answer is not null "
+                "begin insert into overwritten values (old.id); end"
+            )
+            database.commit()
+
+    def count(self, sql: str) -> int:
+        """Return the number that a query gives, 0 where its table is not there yet."""
+        with closing(sqlite3.connect(self.path)) as database:
+            try:
+                return int(database.execute(sql).fetchone()[0])
+            except sqlite3.OperationalError:
+                return 0
+
+    @property
+    def missing(self) -> int:
+        """How many rows have no value."""
+        return self.count("select count(*) from jobs where answer is null")
+
+    @property
+    def wrong(self) -> int:
+        """How many rows have another row's answer."""
+        with closing(sqlite3.connect(self.path)) as database:
+            values = database.execute("select id, answer from jobs where answer is not null").fetchall()
+        return sum(value != answer_text(self.prompts[key]) for key, value in values)
+
+
+@dataclass
+class Found:
+    """What came of it all."""
+
+    kills: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    runs: int = 0
+
+
+def run(
+    table: Table, llm_directory: Path, batch_size: int, kill_after: float | None
+) -> tuple[int, float, str]:
+    """Run the command, killed after so many seconds unless it is done; return status, seconds and output."""
+    began = time.monotonic()
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "datasette", "llm", "enrich", str(table.path), "jobs", "{{ text }}"),
+            *(
+                "--column",
+                "answer",
+                "--model",
+                MODEL_ID,
+                "--batch",
+                "--batch-size",
+                str(batch_size),
+                "--quiet",
+            ),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=ROOT,
+        env=own_environment(llm_directory),
+    )
+    try:
+        process.wait(PATIENCE_SECONDS if kill_after is None else kill_after)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    output, _ = process.communicate()
+    return process.returncode, time.monotonic() - began, output.decode(errors="replace")
+
+
+def state_of(table: Table) -> str:
+    """Say how far a table was when its process was killed."""
+    batches = "select count(*) from _llm_enrich_batches where state = '{}'"
+    for state in ("writing", "prepared", "creating"):
+        if table.count(batches.format(state)):
+            return state
+    if table.count(batches.format("collected")) and table.count(batches.format("running")):
+        return "collecting"
+    return "running" if table.count(batches.format("running")) else "before or after"
+
+
+def kill_again_and_again(kills: int, rows: int, batch_size: int, seed: int, directory: Path) -> Found:
+    """Do it, in this directory."""
+    random = Random(seed)
+    found = Found()
+    llm_directory = directory / "llm"
+    llm_directory.mkdir()
+    with BatchProvider(Settings(seconds=HOUR)).running() as provider:
+        (llm_directory / "extra-openai-models.yaml").write_text(
+            f"- model_id: {MODEL_ID}\n  model_name: bench\n  api_base: {provider.url}/v1\n"
+        )
+        # How long it takes until it does something, and until it is done.
+        measured = Table(directory, 0, rows)
+        _, longest, _ = run(measured, llm_directory, batch_size, None)
+        idle = min(run(measured, llm_directory, batch_size, None)[1] for _ in range(2))
+        first = idle * 0.5
+        tables = [Table(directory, 1, rows)]
+        while len(found.kills) < kills or tables[-1].missing:
+            if not tables[-1].missing:
+                tables.append(Table(directory, len(tables) + 1, rows))
+            table = tables[-1]
+            # Batches are done now and then.
+            if random.random() < 0.5:
+                provider.advance(2 * HOUR)
+            moment = random.uniform(first, longest) if len(found.kills) < kills else None
+            if moment is None:
+                provider.advance(2 * HOUR)
+            status, _, output = run(table, llm_directory, batch_size, moment)
+            found.runs += 1
+            if status == -signal.SIGKILL:
+                found.kills.append(state_of(table))
+                if len(found.kills) % 10 == 0:
+                    print(f"{len(found.kills)} kills, {rows - table.missing} of {rows} rows", flush=True)
+            elif status:
+                found.problems.append(f"exit code {status}: {output}")
+                break
+        judge(found, tables, provider)
+    return found
+
+
+def judge(found: Found, tables: list[Table], provider: BatchProvider) -> None:
+    """Note what must not be."""
+    twice = {prompt: count for prompt, count in provider.asked.items() if count > 1}
+    figures = {
+        "rows submitted twice": len(twice),
+        "rows written twice": sum(table.count("select count(*) from overwritten") for table in tables),
+        "rows lost": sum(table.missing for table in tables),
+        "rows with another row's answer": sum(table.wrong for table in tables),
+        "rows that failed": sum(table.count("select count(*) from _llm_enrich_errors") for table in tables),
+        "rows left in batches": sum(
+            table.count("select count(*) from _llm_enrich_batch_rows") for table in tables
+        ),
+    }
+    found.problems += [f"{count} {what}" for what, count in figures.items() if count]
+    rows = sum(len(table.prompts) for table in tables)
+    states = {state: found.kills.count(state) for state in sorted(set(found.kills))}
+    print(f"{len(found.kills)} kills in {found.runs} runs, {len(tables)} tables, {rows} rows")
+    print("killed while: " + ", ".join(f"{state} {count}" for state, count in states.items()))
+    for what, count in figures.items():
+        print(f"{what}: {count}")
+
+
+def main() -> None:
+    """Read the command line, run, and exit with 1 if something was lost or done twice."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.batch_kill", description=__doc__)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        found = kill_again_and_again(given.kills, given.rows, given.batch_size, given.seed, Path(directory))
+    for problem in found.problems[:20]:
+        print(f"problem: {problem}")
+    sys.exit(1 if found.problems else 0)
+
+
+if __name__ == "__main__":
+    main()

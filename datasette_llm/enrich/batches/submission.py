@@ -139,9 +139,6 @@ class Submission:
             question = asked.question
             if question in self._sharing:
                 self._sharing[question].append(asked.row)
-            elif question in self._recent and self._outbox is not None:
-                self._outbox.add_row(asked.row.key, question)
-                self._ground.ledger.submit(asked.row)
             elif question in self._recent or question in found:
                 batch = self._recent.get(question) or found[question]
                 self._joined.append((asked.row.key, question, batch))
@@ -266,9 +263,10 @@ class Submission:
 
     async def _send(self) -> None:
         """Complete the batch that is written, and have it begun."""
-        outbox, self._outbox = self._outbox, None
+        outbox = self._outbox
         assert outbox is not None
         await outbox.seal()
+        self._outbox = None
         before = self._courier.returned
         await self._courier.send(outbox.id, outbox.reference, outbox.requests, outbox.tokens)
         if self._courier.returned == before:

@@ -29,6 +29,7 @@ from .provider import answer_text
 MODEL_ID = "loopback"
 HOUR = 3_600.0
 PATIENCE_SECONDS = 300.0
+LOOK_SECONDS = 0.005
 
 
 class Table:
@@ -77,36 +78,35 @@ class Found:
     runs: int = 0
 
 
-def run(
-    table: Table, llm_directory: Path, batch_size: int, kill_after: float | None
-) -> tuple[int, float, str]:
-    """Run the command, killed after so many seconds unless it is done; return status, seconds and output."""
-    began = time.monotonic()
+def run(table: Table, llm_directory: Path, size: int, kill_after: float | None) -> tuple[int, float, str]:
+    """Run the command, killed so many seconds after it took its lock unless it is done by then.
+
+    Returns:
+        its exit status, the seconds from its lock to its end, and its output.
+    """
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "datasette", "llm", "enrich", str(table.path), "jobs", "{{ text }}"),
-            *(
-                "--column",
-                "answer",
-                "--model",
-                MODEL_ID,
-                "--batch",
-                "--batch-size",
-                str(batch_size),
-                "--quiet",
-            ),
+            *("--column", "answer", "--model", MODEL_ID, "--batch", "--batch-size", str(size), "--quiet"),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         cwd=ROOT,
         env=own_environment(llm_directory),
     )
+    # What a process that was killed has left is taken over: the lock is held by who has it open.
+    for lock in table.path.parent.glob(f"{table.path.name}-llm-*.lock"):
+        lock.unlink()
+    while process.poll() is None and not any(table.path.parent.glob(f"{table.path.name}-llm-*.lock")):
+        time.sleep(LOOK_SECONDS)
+    began = time.monotonic()
     try:
         process.wait(PATIENCE_SECONDS if kill_after is None else kill_after)
     except subprocess.TimeoutExpired:
         process.kill()
+    seconds = time.monotonic() - began
     output, _ = process.communicate()
-    return process.returncode, time.monotonic() - began, output.decode(errors="replace")
+    return process.returncode, seconds, output.decode(errors="replace")
 
 
 def state_of(table: Table) -> str:
@@ -130,11 +130,8 @@ def kill_again_and_again(kills: int, rows: int, batch_size: int, seed: int, dire
         (llm_directory / "extra-openai-models.yaml").write_text(
             f"- model_id: {MODEL_ID}\n  model_name: bench\n  api_base: {provider.url}/v1\n"
         )
-        # How long it takes until it does something, and until it is done.
-        measured = Table(directory, 0, rows)
-        _, longest, _ = run(measured, llm_directory, batch_size, None)
-        idle = min(run(measured, llm_directory, batch_size, None)[1] for _ in range(2))
-        first = idle * 0.5
+        # How long it takes.
+        _, longest, _ = run(Table(directory, 0, rows), llm_directory, batch_size, None)
         tables = [Table(directory, 1, rows)]
         while len(found.kills) < kills or tables[-1].missing:
             if not tables[-1].missing:
@@ -143,7 +140,7 @@ def kill_again_and_again(kills: int, rows: int, batch_size: int, seed: int, dire
             # Batches are done now and then.
             if random.random() < 0.5:
                 provider.advance(2 * HOUR)
-            moment = random.uniform(first, longest) if len(found.kills) < kills else None
+            moment = random.uniform(0, longest) if len(found.kills) < kills else None
             if moment is None:
                 provider.advance(2 * HOUR)
             status, _, output = run(table, llm_directory, batch_size, moment)

@@ -270,6 +270,21 @@ async def test_who_waits_gets_all_of_it(job: Job) -> None:
     assert job.values() == job.expected
 
 
+async def test_who_stops_waiting_is_told_what_goes_on(job: Job) -> None:
+    def look(progress: Any) -> None:
+        if "in_progress" in str(progress.waiting):
+            waiting.stop("SIGINT", grace_seconds=5)
+
+    datasette = job.file.datasette()
+    asked: dict[str, Any] = {"prompt": "{{ text }}", "column": "answer", "batch": True, "wait": True}
+    spec = JobSpec(database="data", table="t", model="batched", **asked)
+    waiting = EnrichJob(datasette, spec, way=BatchWay(datasette), on_progress=look)
+    report = await waiting.run()
+    assert (report.stopped, report.in_batches) == ("SIGINT", 10)
+    assert "They go on there, and are billed" in report.summary()
+    assert (await job.run_later()).written == 10
+
+
 async def test_a_cancelled_batch_gives_what_it_has_answered(job: Job) -> None:
     await job.run()
     report = await job.run(batch_cancel=True)

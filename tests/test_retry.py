@@ -411,3 +411,11 @@ async def test_the_responses_interface() -> None:
     check_complete(chat_response({"status": "completed"}, model=model))
     with pytest.raises(IncompleteAnswer):
         check_complete(chat_response(None, model=model))
+
+
+def test_flex_processing_without_room_is_waited_for() -> None:
+    body = {"message": "Resource unavailable", "type": "resource_unavailable", "code": "resource_unavailable"}
+    request = httpx2.Request("POST", "http://localhost/v1/chat/completions")
+    answer = httpx2.Response(429, request=request, json={"error": body})
+    failure = classify(openai.RateLimitError("429 Resource unavailable", response=answer, body=body))
+    assert (failure.kind, failure.reason) == ("throttled", None)

@@ -343,6 +343,11 @@ def enrich_command(
         notes = not report.dry_run and (report.stopped or report.failed)
         if notes:
             click.echo(f"Go on with:\n  {go_on(report, arguments, given(ctx))}", err=as_json)
+        if report.stopped and report.batch is not None and report.batch.left:
+            cancel = [*given(ctx), ("--batch-cancel", None)]
+            click.echo(
+                f"Cancel what is with the provider with:\n  {go_on(report, arguments, cancel)}", err=as_json
+            )
         if not report.dry_run and not as_json and report.written:
             click.echo(
                 f"See the result:\n  {datasette_command(database)}   then /{report.database}/{_path(table)}"

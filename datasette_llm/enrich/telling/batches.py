@@ -46,13 +46,16 @@ class BatchNotes:
     waiting: str | None = None
     odd: int = 0
 
-    def lines(self, model: str | None, *, submitted: int, inside: int, returned: int) -> list[str]:
+    def lines(
+        self, model: str | None, *, submitted: int, inside: int, returned: int, interrupted: bool = False
+    ) -> list[str]:
         """Return them as lines for a person.
 
         Args:
             submitted: rows that were put into batches.
             inside: rows that are in batches.
             returned: rows that came out of them without an answer.
+            interrupted: somebody has stopped the job.
         """
         lines = []
         if self.submitted:
@@ -72,6 +75,10 @@ class BatchNotes:
                 f"{'is' if len(self.left) == 1 else 'are'} with the provider{done}: "
                 "run the same command to collect"
             )
+            if interrupted:
+                lines.append(
+                    "They go on there, and are billed: --batch collects them, --batch-cancel cancels them"
+                )
             expires = min((each.expires for each in self.left if each.expires), default=None)
             if expires is not None:
                 lines.append(f"What is not answered by {expires} is given up, and not billed")

@@ -245,7 +245,11 @@ class EnrichReport:
         lines = self._taken_up()
         if self.batch is not None:
             lines += self.batch.lines(
-                self.model, submitted=self.submitted, inside=self.in_batches, returned=self.returned
+                self.model,
+                submitted=self.submitted,
+                inside=self.in_batches,
+                returned=self.returned,
+                interrupted=self.stopped is not None,
             )
             if not (self.written or self.failed or self.changed or self.stopped):
                 return "\n".join(lines)

@@ -49,7 +49,10 @@ async def test_map_streaming_conversation_and_usage_are_the_same_with_workers() 
             await second.text()
             messages = [message.role for message in second.prompt.messages]
             assert messages == ["user", "assistant", "user"]
-        assert workers.fleet.figures.deaths == 0
+            figures = group.stats.workers
+            assert figures is not None
+            assert sum(figures.prompts.values()) == 5
+            assert (set(figures.workers), figures.waiting, figures.deaths) == ({"a", "b"}, 0, 0)
     assert model.counts["running"] == 0
 
 

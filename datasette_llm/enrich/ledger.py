@@ -234,6 +234,9 @@ class Ledger:
         progress.waiting = next((str(watch) for watch in self.watches if watch.trouble), None)
         if progress.waiting is None and stats.away is not None:
             progress.waiting = away_in_words(stats.away)
+        workers = stats.workers
+        if progress.waiting is None and workers is not None and workers.waiting and not workers.workers:
+            progress.waiting = f"no worker is there: {workers.waiting} prompts wait for one"
         progress.stalled = progress.waiting is not None
         if progress.waiting is None and stats.cooldown_seconds >= SHOWN_SECONDS:
             progress.waiting = f"{math.ceil(stats.cooldown_seconds)} s for the provider"

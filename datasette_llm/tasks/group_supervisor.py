@@ -122,6 +122,7 @@ class GroupSupervisor(Supervisor):
             cooldown_seconds=self.slots.cooldown_seconds(),
             cost=counters.cost,
             unpriced=counters.unpriced,
+            workers=self.clients.figures,
         )
 
     def _quota_seconds(self) -> float | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ..calls.remote.fleet import Figures
     from ..pace.throttle import Away
 
 
@@ -30,6 +31,8 @@ class GroupStats:
         prompts_per_second: prompts that ended, per second of ``elapsed``.
         concurrency: how many model calls may run at once now.
         away: since when the provider cannot be reached, why, and when it is tried again; ``None`` if it can.
+        workers: who makes the model calls, if not this process: how many each has in flight, how many it has
+            made, how many workers were lost.
         quota_seconds: how long a quota that is used up is still sat out, or ``None``.
     """
 
@@ -50,3 +53,4 @@ class GroupStats:
     cost: float | None = None
     unpriced: int = 0
     cooldown_seconds: float = 0.0
+    workers: Figures | None = None

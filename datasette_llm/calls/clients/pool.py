@@ -22,7 +22,13 @@ logger = logging.getLogger("datasette_llm")
 
 
 class ClientPool(ClientSets):
-    """The clients of one owner, closed together."""
+    """The clients of one owner, closed together.
+
+    Attributes:
+        figures: of workers, where they make the calls.
+    """
+
+    figures: Any = None
 
     def adopt(self, model: Any, observe: Observe | None = None) -> bool:
         """Have a model take its HTTP clients from this pool.

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from ..workers import Workers
 
+#: How long the first local process may take to start, in seconds: one where others leave it room.
+START_SECONDS = 300.0
 #: How long the thread may take to end, in seconds, when the process does.
 END_SECONDS = 5.0
 
@@ -39,7 +41,8 @@ class Engine:
     """
 
     def __init__(self, workers: Workers) -> None:
-        self.fleet = Fleet(workers.timeout)
+        # Processes of this machine do come, however busy it is.
+        self.fleet = Fleet(workers.timeout, start=0.0 if workers.count is None else START_SECONDS)
         self._workers = workers
         self._holders = 0
         self._door: LoopDoor | None = None

@@ -78,10 +78,12 @@ class Fleet:
 
     Args:
         timeout: how many seconds calls wait while there is no worker.
+        start: how many seconds, at least, whoever opens a group waits for the first one.
     """
 
-    def __init__(self, timeout: float = TIMEOUT_SECONDS) -> None:
+    def __init__(self, timeout: float = TIMEOUT_SECONDS, *, start: float = 0.0) -> None:
         self.timeout = timeout
+        self._start = max(start, timeout)
         self.lines: dict[str, Line] = {}
         self._queue: deque[Call] = deque()
         self._inbox: deque[Callable[[], object]] = deque()
@@ -281,10 +283,10 @@ class Fleet:
             if self._unfit and not self._connecting:
                 readiness.refuse(WorkersError(str(self.nobody(0.0).what)))
                 return
-            if self._clock() - began >= self.timeout:
+            if self._clock() - began >= self._start:
                 readiness.refuse(self.nobody(self._clock() - began))
                 return
-            with anyio.move_on_after(max(0.0, began + self.timeout - self._clock())):
+            with anyio.move_on_after(max(0.0, began + self._start - self._clock())):
                 await self._looked.wait()
         differences: list[str] = []
         for line in list(self.lines.values()):

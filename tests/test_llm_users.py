@@ -121,3 +121,13 @@ async def test_a_run_that_never_ended_shows_what_its_answers_cost(file: TableFil
 
         await enrich(datasette, "data", "t", "{{ body }}", column="answer", model="fake", on_progress=look)
     assert file.run("select written, cost, ended from _llm_runs") == [(10, 50.0, None)]
+
+
+async def test_the_summary_says_what_questions_asked_once_have_saved(file: TableFile) -> None:
+    file.run("update t set body = 'row 1'")
+    prices = {"fake": {"input": 1_000_000, "output": 2_000_000}}
+    datasette = file.datasette(config={"plugins": {"datasette-llm": {"prices": prices}}})
+    with registered(Costly()):
+        report = await enrich(datasette, "data", "t", "{{ body }}", column="answer", model="fake")
+    assert (report.cost, report.saved_cost) == (5.0, 119 * 5.0)
+    assert "119 prompts and 476 tokens saved, $595.00" in report.summary()

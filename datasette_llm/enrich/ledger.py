@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from ..calls.prices import Usage
 from ..secrecy import redacted
 from .errors import concerns_one_row
 from .telling.kinds import OTHER, group_of
@@ -269,6 +270,10 @@ class Ledger:
             report.retries = stats.retries
             report.input_tokens, report.output_tokens = stats.input_tokens, stats.output_tokens
             report.cost, report.unpriced = stats.cost, stats.unpriced
+            saved = Usage(self.saved_input_tokens, self.saved_output_tokens)
+            pricing = getattr(self.model, "pricing", None)
+            if pricing is not None and (saved.input or saved.output):
+                report.saved_cost = pricing.cost(saved)
 
     def resume_where(self, rows: Selection) -> str | None:
         """Return the condition for the rows from the first one on that is not settled."""

@@ -142,6 +142,7 @@ class EnrichReport:
         unpriced: answers that are not in ``cost``, since their price is not known.
         saved_input_tokens: tokens that reused answers would have taken.
         saved_output_tokens: likewise.
+        saved_cost: what these would have cost in dollars; ``None`` if no price is known.
         elapsed: seconds.
         write_seconds: the part of them during which a write was under way.
         stopped: why it ended before the last row, or ``None``.
@@ -187,6 +188,7 @@ class EnrichReport:
     unpriced: int = 0
     saved_input_tokens: int = 0
     saved_output_tokens: int = 0
+    saved_cost: float | None = None
     elapsed: float = 0.0
     write_seconds: float = 0.0
     stopped: StopReason | None = None
@@ -281,6 +283,7 @@ class EnrichReport:
             lines.append(
                 f"{counted(self.reused, 'row')} asked what another row had asked: "
                 f"{counted(self.reused, 'prompt')} and {counted(saved, 'token')} saved"
+                + ("" if self.saved_cost is None else f", {dollars(self.saved_cost)}")
             )
         if self.no_value:
             lines.append(f"{counted(self.no_value, 'row')} answered with no value")

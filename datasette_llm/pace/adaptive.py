@@ -47,6 +47,9 @@ CUT = 0.9
 SAME_NUMBER = 3
 #: Seconds until a limit that is known is tried again, at first and at most.
 RETRY_LIMIT_SECONDS, RETRY_LIMIT_SECONDS_MAX = 5.0, 60.0
+#: By what share it grows then. Each time that nobody is refused for it the next one is twice as large, up to
+#: the latter: what was learnt in a bad minute is outdated as soon as it does not hold.
+STEP, STEP_MAX = 0.05, 1.0
 
 
 class _Level:
@@ -86,6 +89,8 @@ class AdaptiveLimit:
         self._slow = False
         self._retry_at = 0.0
         self._retry_seconds = RETRY_LIMIT_SECONDS
+        self._step = STEP
+        self._tried = False
 
     def press(self, now: float) -> None:
         """Somebody waits because the limit is used up: let it grow by the time that went by so."""
@@ -101,7 +106,13 @@ class AdaptiveLimit:
             # Capped, since one long wait says no more than a short one.
             self._resize(min(ceiling, self._size * math.exp(self._growth * min(now - since, 0.25))), now)
         elif now >= self._retry_at:
-            self._resize(min(ceiling, self._size + max(1.0, self._size * 0.05)), now)
+            if self._tried:
+                # That was accepted, so the limit is not where it was.
+                self._step = min(2 * self._step, STEP_MAX)
+                self._retry_seconds = RETRY_LIMIT_SECONDS
+            grown = self._size + max(self._step / STEP, self._size * self._step)
+            self._resize(min(ceiling, grown, 2 * self._size + 1), now)
+            self._tried = True
             self._schedule_retry(now)
 
     def trust(self) -> None:
@@ -154,7 +165,7 @@ class AdaptiveLimit:
         self._resize(self._size * THINNED, now)
         self._knee.given_up(seconds, self._size)
         self._slow = True
-        self._schedule_retry(now)
+        self._failed_again(now)
         return True
 
     def refused(self, now: float, accepted: int) -> bool:
@@ -169,7 +180,7 @@ class AdaptiveLimit:
             self._suspect = min(level, suspect)
             self._resize(min(self._size, self._suspect * 0.97), now)
             self._slow = True
-            self._schedule_retry(now)
+            self._failed_again(now)
             return True
         self._slow = False
         if suspect is None or level > suspect:
@@ -195,7 +206,7 @@ class AdaptiveLimit:
             self._alone_cut = accepted
             self._resize(min(self._size, max(1.0, accepted * 0.97)), now)
             self._slow = True
-            self._schedule_retry(now)
+            self._failed_again(now)
 
     def _ceiling(self) -> float:
         if self._announced:
@@ -211,6 +222,12 @@ class AdaptiveLimit:
         if self._size >= 2 * level.limit or self._size < level.limit:
             self._levels.append(_Level(self._size, now))
             del self._levels[:-8]
+
+    def _failed_again(self, now: float) -> None:
+        """The limit that is known held: try it again later, and with one more."""
+        self._tried = False
+        self._step = STEP
+        self._schedule_retry(now)
 
     def _schedule_retry(self, now: float) -> None:
         self._retry_at = now + self._retry_seconds

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from contextvars import copy_context
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from anyio.lowlevel import current_token
@@ -45,9 +47,13 @@ class LoopDoor:
 
     def __init__(self) -> None:
         native: Any = current_token().native_token
-        self._call_soon: Callable[[Callable[[], object]], object] = getattr(
-            native, "call_soon_threadsafe", None
-        ) or getattr(native, "run_sync_soon")  # noqa: B009 - it is one of two kinds of object
+        if hasattr(native, "call_soon_threadsafe"):
+            # In the context of this loop: the caller's may say that it is trio which runs here.
+            self._call_soon: Callable[[Callable[[], object]], object] = partial(
+                native.call_soon_threadsafe, context=copy_context()
+            )
+        else:
+            self._call_soon = native.run_sync_soon
 
     def call_soon(self, function: Callable[[], object]) -> None:
         """Have the loop call ``function``. If the loop has ended there is nothing left to tell."""

@@ -96,7 +96,7 @@ class Fleet:
         self._models: dict[str, Mapping[str, Any]] = {}
         self._waiting_since: float | None = None
         self._looked = anyio.Event()
-        self._trouble: str | None = None
+        self._trouble: str | None = "the scheduler has not answered"
         self._prompts: dict[str, int] = {}
         self.deaths = 0
         self.again = 0

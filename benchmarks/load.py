@@ -70,7 +70,6 @@ EXPECTED = (
     PromptCancelled,
     Refused,
     TimeoutError,
-    json.JSONDecodeError,
     openai.APIError,
 )
 
@@ -332,5 +331,8 @@ class Episode:
 
 
 def _is_connection_lost(error: BaseException) -> bool:
-    # A stream that breaks off half-way raises what the HTTP library has for it: httpx or httpx2.
-    return type(error).__module__.partition(".")[0] in ("httpx", "httpx2")
+    # A stream that breaks off half-way raises what the HTTP library has for it (httpx or httpx2), or ends
+    # in the middle of an event, which the SDK stumbles over.
+    return type(error).__module__.partition(".")[0] in ("httpx", "httpx2") or isinstance(
+        error.__cause__, json.JSONDecodeError
+    )

@@ -44,6 +44,7 @@ async def body_sent(**kwargs: Any) -> list[tuple[str, Any]]:
     return list(lean)
 
 
+@pytest.mark.real_clock
 @pytest.mark.parametrize(
     "more",
     [

@@ -64,7 +64,13 @@ _CONNECT_ERRORS = frozenset({"ConnectError", "ClientConnectorError"})
 _CONNECT_TIMEOUTS = frozenset({"ConnectTimeout", "ConnectionTimeoutError", "PoolTimeout"})
 _TIMEOUTS = frozenset({"TimeoutException", "ServerTimeoutError", "APITimeoutError"})
 _TRANSPORTS = frozenset(
-    {"NetworkError", "RemoteProtocolError", "ClientConnectionError", "APIConnectionError"}
+    {
+        "NetworkError",
+        "RemoteProtocolError",
+        "ClientConnectionError",
+        "ClientPayloadError",
+        "APIConnectionError",
+    }
 )
 _TRANSPORT_BASES = (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream)
 
@@ -87,13 +93,27 @@ def trouble_of(error: Exception, failure: Failure) -> Trouble | None:
         )
     if failure.kind != "transient":
         return None
-    errors = list(chain_of(error))
+    chain = list(chain_of(error))
+    errors = untranslated(chain)
+    address = _address(chain)
     what = _connecting(errors)
     if what is not None:
-        return Trouble(what, error, _address(errors))
+        return Trouble(what, error, address)
     if any(isinstance(each, TimeoutError) or _is_a(each, _TIMEOUTS) for each in errors):
-        return Trouble(_SILENCE, error, _address(errors), alone=True, silent=True)
-    return Trouble(_BROKEN, error, _address(errors), alone=True) if _is_transport(errors) else None
+        return Trouble(_SILENCE, error, address, alone=True, silent=True)
+    return Trouble(_BROKEN, error, address, alone=True) if _is_transport(errors) else None
+
+
+def untranslated(errors: Sequence[BaseException]) -> Sequence[BaseException]:
+    """Leave out what SDKs make of an error of aiohttp: whatever is no answer, they call a connect timeout.
+
+    Args:
+        errors: an exception and its causes.
+    """
+    for number, error in enumerate(errors):
+        if type(error).__module__.partition(".")[0] == "aiohttp":
+            return errors[number:]
+    return errors
 
 
 def is_line_full(error: Exception, failure: Failure) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from datasette_llm.calls.attachments import AttachmentError
 from datasette_llm.calls.failures import classify
+from datasette_llm.calls.trouble import untranslated
 from datasette_llm.calls.wording import UnusableAnswer
 
 from ..errors import RowError
@@ -64,7 +65,7 @@ def kind_of(error: BaseException) -> str:
         return _BY_REASON[failure.reason]
     if failure.status is not None:
         return _BY_STATUS.get(failure.status, "server error" if failure.status >= 500 else "rejected")
-    if any(isinstance(one, TimeoutError) or "Timeout" in type(one).__name__ for one in chain):
+    if any(isinstance(one, TimeoutError) or "Timeout" in type(one).__name__ for one in untranslated(chain)):
         return "timed out"
     unusable = next((one for one in chain if isinstance(one, UnusableAnswer)), None)
     if unusable is not None and failure.kind != "throttled":

@@ -19,6 +19,7 @@ from datasette_llm.enrich import EnrichError, EnrichInputError, JobSpec, job
 from datasette_llm.enrich import database as database_side
 from datasette_llm.enrich.answers.outputs import Outputs
 from datasette_llm.enrich.command import exit_code, go_on, run_job
+from datasette_llm.enrich.errors import raise_bare
 from datasette_llm.enrich.reading.selection import literal
 from datasette_llm.enrich.reading.table import Column, Table
 from datasette_llm.enrich.record.failures import key_from_stored, stored_key
@@ -223,10 +224,10 @@ async def test_a_count_that_fails_costs_the_total_and_not_the_job(
 def test_what_the_database_does_to_several_tasks_is_said_once() -> None:
     locked, gone = EnrichError("locked"), EnrichError("gone")
     with pytest.raises(EnrichError) as caught:
-        job.raise_bare(BaseExceptionGroup("", [ExceptionGroup("", [locked]), gone]))
+        raise_bare(BaseExceptionGroup("", [ExceptionGroup("", [locked]), gone]))
     assert caught.value is locked
     with pytest.raises(BaseExceptionGroup):
-        job.raise_bare(BaseExceptionGroup("", [locked, ValueError("a bug")]))
+        raise_bare(BaseExceptionGroup("", [locked, ValueError("a bug")]))
 
 
 @pytest.mark.real_clock

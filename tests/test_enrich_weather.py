@@ -37,7 +37,7 @@ async def never(prompt: str) -> AsyncGenerator[Any, None]:
 async def test_a_provider_that_was_never_reached_leaves_the_file_as_it_was(
     file: TableFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(import_module("datasette_llm.enrich.job"), "FIRST_CONTACT_SECONDS", 1.0)
+    monkeypatch.setattr(import_module("datasette_llm.enrich.model"), "FIRST_CONTACT_SECONDS", 1.0)
     before = file.run(SCHEMA)
     with fake_model(never):
         report = await file.enrich("items", "{{ text }}", column="answer")

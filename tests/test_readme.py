@@ -22,7 +22,8 @@ from datasette.cli import cli
 
 import datasette_llm
 from datasette_llm import hookspecs
-from datasette_llm.access.settings import PLUGIN_NAME, PluginSettings, PurposeSettings, parse_settings
+from datasette_llm.access.sections import PLUGIN_NAME, PluginSettings, PurposeSettings
+from datasette_llm.access.settings import parse_settings
 from datasette_llm.cli import llm_group
 from datasette_llm.pace.policy import PromptSettings
 

@@ -13,7 +13,8 @@ from datasette.utils import StartupError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datasette_llm.access.settings import PluginSettings, RateLimits, get_settings, parse_settings
+from datasette_llm.access.sections import PluginSettings, RateLimits
+from datasette_llm.access.settings import get_settings, parse_settings
 from datasette_llm.pace.policy import ConcurrencyBounds, PromptSettings, RateLimit, RetryPolicy
 
 from .hooks import datasette_with

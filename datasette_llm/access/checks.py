@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from .catalog import get_snapshot
 from .permissions import get_plan
-from .settings import ROOT, get_settings
+from .sections import ROOT
+from .settings import get_settings
 
 if TYPE_CHECKING:
     from datasette.app import Datasette

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from pydantic import PlainValidator
-from pydantic_core import PydanticCustomError
 
 from ..calls.workers import Workers, workers_from
+from .values import problem
 
 #: For a purpose that makes its calls itself where others do not.
 NONE = Workers(count=0)
@@ -19,7 +19,7 @@ def _workers(value: Any) -> Workers:
     try:
         workers = workers_from(value)
     except ValueError as error:
-        raise PydanticCustomError("datasette_llm", "{message}", {"message": str(error)}) from None
+        raise problem(str(error)) from None
     return NONE if workers is None else workers.kept()
 
 

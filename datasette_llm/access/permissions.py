@@ -24,7 +24,8 @@ from ..calls.prices import Price
 from ..errors import ModelNotFoundError
 from ..hookspecs import plugin_manager
 from .catalog import AnyAsyncModel, Snapshot, get_snapshot
-from .settings import ROOT, PluginSettings, get_settings
+from .sections import ROOT, PluginSettings
+from .settings import get_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from opentelemetry import trace
 from opentelemetry.trace import Status, StatusCode
 
-from ..responses.response import finish_reasons
+from ..responses.outcome import finish_reasons
 from .prices import cost_of
 from .semantics import error_type, name_of, of_answer, of_request, of_settings
 

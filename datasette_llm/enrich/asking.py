@@ -18,7 +18,7 @@ from anyio.lowlevel import checkpoint
 from datasette_llm.calls.failures import words_of
 from datasette_llm.calls.prices import cost_of
 from datasette_llm.errors import PromptCancelled, ProviderUnreachable
-from datasette_llm.responses.response import used_tokens
+from datasette_llm.responses.outcome import used_tokens
 from datasette_llm.secrecy import redacted
 
 from .answers.whole import check_finish, of_the_answer

@@ -25,8 +25,8 @@ from datasette_llm.errors import ModelNotFoundError
 from datasette_llm.pace.descriptors import raise_limit
 
 from .database import LOCKED_SECONDS, recover
-from .errors import EnrichError, EnrichInputError
-from .job import EnrichJob, raise_bare
+from .errors import EnrichError, EnrichInputError, raise_bare
+from .job import EnrichJob
 from .record.runs import list_runs
 from .telling.display import warnings_through
 from .telling.invocation import datasette_command

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from datasette_llm._compat import BaseExceptionGroup
+from datasette_llm.errors import NoWorkers, WorkersError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 
 class EnrichError(Exception):
     """The job cannot start or go on; everything that was written stays written."""
@@ -52,3 +60,28 @@ def concerns_one_row(error: Exception) -> bool:
     options or the schema.
     """
     return isinstance(error, RowError) and not isinstance(error, AnswerError)
+
+
+def raise_bare(group: BaseExceptionGroup[BaseException]) -> None:
+    """Raise the one exception in a group bare, or the first if the database failed several tasks."""
+    leaves = list(_leaves(group))
+    if len(leaves) == 1 or all(isinstance(leaf, EnrichError) for leaf in leaves):
+        raise _as_the_jobs(leaves[0])
+    raise group
+
+
+def _as_the_jobs(error: BaseException) -> BaseException:
+    """Return what the job ends with: that there are no workers for it is nothing that was not foreseen."""
+    if isinstance(error, WorkersError):
+        return EnrichInputError(f"The workers cannot be used: {error}")
+    if isinstance(error, NoWorkers):
+        return EnrichError(f"Nothing was sent: {error}")
+    return error
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error

@@ -15,10 +15,10 @@ import inspect
 import logging
 import sys
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.to_thread
@@ -26,19 +26,19 @@ import anyio.to_thread
 from datasette_llm._compat import BaseExceptionGroup
 from datasette_llm.access.settings import get_settings
 from datasette_llm.backends.datasette_side import open_side
-from datasette_llm.calls.workers import workers_from
-from datasette_llm.errors import NoWorkers, WorkersError
-from datasette_llm.pace.policy import Patience
 
 from .asking import Asking
 from .collector import spare_older_objects
-from .database import read, write
-from .errors import DatabaseError, EnrichError, EnrichInputError
+from .database import write
+from .errors import DatabaseError, EnrichError, raise_bare
+from .ground import Ground
 from .ledger import Ledger
+from .model import for_its_model
+from .model import open_group as open_llm_group
 from .plan import make_plan
 from .reading.pages import count_rows
-from .record.batches import count_submitted
 from .telling.report import EnrichReport
+from .totals import count_in_batches, count_incomplete, count_rest
 from .writing.llm_log import LlmLog
 from .writing.lock import only_job
 from .writing.recorder import recorder_of, versions_of
@@ -46,9 +46,10 @@ from .writing.take_up import side_file_of, take_up
 from .writing.writer import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from contextlib import AbstractAsyncContextManager
 
+    from .ground import Way
     from .plan import Plan
     from .spec import JobSpec
     from .telling.report import EnrichProgress
@@ -59,48 +60,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("datasette_llm")
 
 PROGRESS_SECONDS = 0.25
-# How long a provider that cannot be reached is waited for; and one that never was.
-OUTAGE_SECONDS = 30 * 60.0
-FIRST_CONTACT_SECONDS = 10.0
 # Prompts in flight at the deadline are completed; one that hangs must not keep the job for ever.
 DEADLINE_GRACE_SECONDS = 60.0
-# How long the rows left are counted after an early end, while somebody waits for the prompt.
-RECOUNT_SECONDS = 2.0
 #: With it comes all that prompts need of this package, which no start of Datasette loads.
 _PROMPTING = "datasette_llm.facade"
-
-
-@dataclass(frozen=True, slots=True)
-class Ground:
-    """What a job works with, once its group is open."""
-
-    plan: Plan
-    model: Any
-    writer: Writer
-    ledger: Ledger
-    report: EnrichReport
-    recorder: Recorder | None
-    stop: Callable[..., None]
-    log: LlmLog | None = None
-
-
-class Way(Protocol):
-    """A way to have rows answered that is not one prompt after the other."""
-
-    def open_group(self, spec: JobSpec) -> AbstractAsyncContextManager[Any]:
-        """Open the group that the prompts belong to."""
-        ...
-
-    async def has_work(self, plan: Plan) -> bool:
-        """Say whether there is something to do although no row waits."""
-        ...
-
-    def settled(self, outcome: Outcome) -> None:
-        """Called with what each transaction did."""
-
-    async def run(self, ground: Ground) -> None:
-        """Have the rows answered; returns when nothing more is to be done now."""
-        ...
 
 
 class EnrichJob:
@@ -141,7 +104,9 @@ class EnrichJob:
         self._on_settled = on_settled
         self._on_begun = on_begun
         self._way = way
-        self._open_group = open_group or (way.open_group if way is not None else self._open_llm_group)
+        self._open_group = open_group or (
+            way.open_group if way is not None else partial(open_llm_group, datasette)
+        )
         self._ledger = Ledger(spec)
         self._prompting: anyio.CancelScope | None = None
 
@@ -203,19 +168,19 @@ class EnrichJob:
             columns = tuple(output.name for output in plan.outputs.columns)
             report = EnrichReport(self._spec.database, plan.table.name, columns)
             if self._spec.dry_run:
-                plan = await self._for_model(plan, report)
+                plan = await for_its_model(self._datasette, self._spec, plan, report)
                 await plan.preview(report)
             else:
                 with only_job(plan.database, plan.table.name, columns):
                     plan = await self._take_up(plan, report)
                     if self._spec.stale:
-                        plan = await self._for_model(plan, report)
+                        plan = await for_its_model(self._datasette, self._spec, plan, report)
                     waits = await plan.check_first_row()
                     if waits or (self._way is not None and await self._way.has_work(plan)):
                         await self._run_prompts(plan, report)
                     else:
                         await self._make_columns(plan, report)
-                        await self._count_submitted(plan, report)
+                        await count_in_batches(plan, report)
                         report.total = report.remaining = 0
             report.elapsed = ledger.elapsed
         return report
@@ -275,9 +240,9 @@ class EnrichJob:
                     failures=report.failures,
                 )
                 await write(plan.database, end)
-        await self._count_rest(plan, report)
-        await self._count_submitted(plan, report)
-        await self._count_incomplete(began_with, report)
+        await count_rest(self._spec, plan, ledger, report)
+        await count_in_batches(plan, report)
+        await count_incomplete(self._spec, began_with, report)
         ledger.update_progress(report)
         await self._report_progress()
 
@@ -342,27 +307,6 @@ class EnrichJob:
             # A total is not worth a job: what it cannot do without, its reader and writer find out.
             logger.warning("The rows to do cannot be counted: %s", error)
 
-    async def _count_rest(self, plan: Plan, report: EnrichReport) -> None:
-        """Complete the report's totals, exactly."""
-        if report.stopped is None:
-            report.total = report.done
-        elif self._spec.overwrite:
-            # Which rows are done is not to be seen in the table: the condition says it.
-            report.remaining = None if report.total is None else max(0, report.total - report.done)
-            report.resume_where = self._ledger.resume_where(plan.rows)
-        else:
-            with anyio.move_on_after(RECOUNT_SECONDS), suppress(DatabaseError):
-                counted = await count_rows(plan.database, plan.source)
-                # Rows that were skipped have no value either; their records are gone.
-                skipped = 0 if self._spec.retry_failed else report.skipped
-                report.remaining = max(0, counted - skipped)
-
-    async def _count_submitted(self, plan: Plan, report: EnrichReport) -> None:
-        """Count the rows that were left alone since they are in batches."""
-        if plan.leaves_submitted and plan.job is not None:
-            with suppress(DatabaseError):
-                report.in_batches = await read(plan.database, partial(count_submitted, job=plan.job))
-
     async def _keep_reporting(self, report: EnrichReport) -> None:
         while True:
             await anyio.sleep(PROGRESS_SECONDS)
@@ -376,80 +320,14 @@ class EnrichJob:
             if inspect.isawaitable(answer):
                 await answer
 
-    def _open_llm_group(self, spec: JobSpec) -> AbstractAsyncContextManager[Any]:
-        from datasette_llm.facade import LLM
-
-        group: AbstractAsyncContextManager[Any] = LLM(self._datasette).group(
-            spec.model,
-            purpose=spec.purpose,
-            actor=spec.actor,
-            concurrency=spec.concurrency,
-            wait_for_quota=spec.wait_for_quota or 0.0,
-            timeout=spec.timeout,
-            outage_timeout=self._patience(),
-            workers=workers_from(spec.workers, timeout=spec.workers_timeout) or spec.workers,
-        )
-        return group
-
-    def _patience(self) -> Patience:
-        """Say how long to wait for a provider that is away."""
-        spec = self._spec
-        if spec.outage_timeout is not None:
-            return Patience(spec.outage_timeout, together=True)
-        configured = get_settings(self._datasette).prompt_settings(spec.purpose, None).outage_timeout
-        return Patience(configured or OUTAGE_SECONDS, together=True, first_contact=FIRST_CONTACT_SECONDS)
-
     async def _make_columns(self, plan: Plan, report: EnrichReport) -> None:
         """Make the output columns although no row waits: what is built on them must not break."""
         if len(plan.outputs.existing) < len(plan.outputs.columns):
-            await self._for_model(plan, report)
+            await for_its_model(self._datasette, self._spec, plan, report)
             await plan.with_columns()
-        await self._count_incomplete(plan, report)
-
-    async def _count_incomplete(self, plan: Plan, report: EnrichReport) -> None:
-        """Count the rows that have values of a smaller schema, and lack those that are new."""
-        lacking = plan.incomplete
-        if lacking is not None and not self._spec.replaces:
-            with anyio.move_on_after(RECOUNT_SECONDS), suppress(EnrichError):
-                report.incomplete_columns = lacking.outputs
-                report.incomplete = await count_rows(plan.database, lacking)
-
-    async def _for_model(self, plan: Plan, report: EnrichReport) -> Plan:
-        """Return the plan for the model that the job would use, without a group."""
-        from datasette_llm.facade import LLM
-
-        spec = self._spec
-        model = await LLM(self._datasette).model(spec.model, purpose=spec.purpose, actor=spec.actor)
-        spec.check_model(model, plan.schema)
-        report.model = model.model_id
-        return plan.for_model(model)
+        await count_incomplete(self._spec, plan, report)
 
 
 async def _run_then_set(writer: Writer, event: anyio.Event) -> None:
     await writer.run()
     event.set()
-
-
-def raise_bare(group: BaseExceptionGroup[BaseException]) -> None:
-    """Raise the one exception in a group bare, or the first if the database failed several tasks."""
-    leaves = list(_leaves(group))
-    if len(leaves) == 1 or all(isinstance(leaf, EnrichError) for leaf in leaves):
-        raise _as_the_jobs(leaves[0])
-    raise group
-
-
-def _as_the_jobs(error: BaseException) -> BaseException:
-    """Return what the job ends with: that there are no workers for it is nothing that was not foreseen."""
-    if isinstance(error, WorkersError):
-        return EnrichInputError(f"The workers cannot be used: {error}")
-    if isinstance(error, NoWorkers):
-        return EnrichError(f"Nothing was sent: {error}")
-    return error
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from _leaves(inner)
-    else:
-        yield error

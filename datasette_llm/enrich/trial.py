@@ -17,7 +17,7 @@ import anyio
 from datasette_llm.backends.datasette_side import open_side
 from datasette_llm.calls.failures import words_of
 from datasette_llm.calls.prices import cost_of
-from datasette_llm.responses.response import used_tokens
+from datasette_llm.responses.outcome import used_tokens
 from datasette_llm.secrecy import redacted
 
 from .answers.whole import check_finish

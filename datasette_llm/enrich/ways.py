@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .job import Way
+    from .ground import Way
     from .spec import JobSpec
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from ..errors import PromptCancelled
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -264,3 +266,11 @@ _ADAPTERS: tuple[Callable[[Mapping[str, Any]], Said | None], ...] = (
     _ollama,
     _openai_chat,
 )
+
+
+def ended_because(observed: llm.AsyncResponse, error: Exception | None) -> FinishReason | None:
+    """Why the model of a response stopped that ends with this error or without one."""
+    if isinstance(error, PromptCancelled):
+        return None
+    reason = finish_reason(observed)
+    return "error" if error is not None and reason == "unknown" else reason

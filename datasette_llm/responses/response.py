@@ -21,12 +21,12 @@ import anyio
 import llm
 
 from ..errors import PromptCancelled
-from .finish import FinishReason, finish_reason
+from .finish import FinishReason, ended_because
 from .readers import EventReader, TextReader, ring
 from .tools import execute_tool_calls, tool_message
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
     from types import TracebackType
 
     from anyio.streams.memory import MemoryObjectSendStream
@@ -115,7 +115,7 @@ class PromptResponse(llm.AsyncResponse):
         ``tool_calls``, ``error``, or ``unknown`` for a model that does not say. A prompt that failed has
         what its provider said, else ``error``.
         """
-        return ended_because(self, self._error or self._answer_error) if self._answered else None
+        return ended_because(self._observed, self._error or self._answer_error) if self._answered else None
 
     def cancel(self) -> None:
         """Cancel the prompt, if it has not ended yet.
@@ -378,28 +378,3 @@ async def _call_back(callback: Any, response: llm.AsyncResponse) -> None:
     value = callback(response) if callable(callback) else callback
     if isawaitable(value):
         await value
-
-
-def used_tokens(response: PromptResponse) -> tuple[int, int]:
-    """How many tokens a response sent and received, if its model says so with numbers."""
-    observed = response._observed
-    sent, received = observed.input_tokens, observed.output_tokens
-    return sent if isinstance(sent, int) else 0, received if isinstance(received, int) else 0
-
-
-def ended_because(response: PromptResponse, error: Exception | None) -> FinishReason | None:
-    """Why the model of a response stopped that ends with this error or without one."""
-    if isinstance(error, PromptCancelled):
-        return None
-    reason = finish_reason(response._observed)
-    return "error" if error is not None and reason == "unknown" else reason
-
-
-def finish_reasons(responses: Iterable[PromptResponse], error: Exception | None) -> list[str]:
-    """Why the models of these responses stopped, where they say so; the error is that of the last one."""
-    reasons: list[str] = []
-    for response in responses:
-        ended = response.finish_reason if response.done else ended_because(response, error)
-        if ended is not None and ended != "unknown":
-            reasons.append(ended)
-    return reasons

@@ -25,7 +25,8 @@ from ..calls.model_call import ModelCall
 from ..calls.prices import cost_of
 from ..calls.tracing import no_span, tool_span, turn_span
 from ..errors import PromptCancelled
-from ..responses.response import PromptResponse, finish_reasons, used_tokens
+from ..responses.outcome import finish_reasons, used_tokens
+from ..responses.response import PromptResponse
 from ..responses.tools import attachments_of, execute_tool_calls, pending_tool_calls, tool_message, unobserved
 from .task import SupervisedTask
 

@@ -10,7 +10,8 @@ from anyio import get_cancelled_exc_class
 from ..calls.metrics import record_usage
 from ..calls.prices import cost_of
 from ..errors import PromptCancelled
-from ..responses.response import PromptResponse, finish_reasons, used_tokens
+from ..responses.outcome import finish_reasons, used_tokens
+from ..responses.response import PromptResponse
 from .task import SupervisedTask
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from datasette_llm.calls.batches.protocol import Batch, BatchProtocol, Value
 
     from ..asking import Asking
-    from ..job import Ground
+    from ..ground import Ground
     from ..plan import Plan
     from ..reading.selection import Row
     from ..record.batches import BatchRecord

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from datasette_llm.responses.response import PromptResponse
 
     from ..asking import Asked, Asking
-    from ..job import Ground
+    from ..ground import Ground
     from ..reading.selection import Row
     from ..sql import SQLValue
     from .courier import Courier

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from datasette_llm.calls.batches.protocol import Batch, BatchProtocol
 
-    from ..job import Ground
+    from ..ground import Ground
     from ..plan import Plan
     from ..record.batches import BatchRecord
     from ..spec import JobSpec

@@ -1,0 +1,55 @@
+"""What a job leaves behind, counted at its end: rows to do, in batches, with values of a smaller schema."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING
+
+import anyio
+
+from .database import read
+from .errors import DatabaseError, EnrichError
+from .reading.pages import count_rows
+from .record.batches import count_submitted
+
+if TYPE_CHECKING:
+    from .ledger import Ledger
+    from .plan import Plan
+    from .spec import JobSpec
+    from .telling.report import EnrichReport
+
+# How long the rows left are counted after an early end, while somebody waits for the prompt.
+RECOUNT_SECONDS = 2.0
+
+
+async def count_rest(spec: JobSpec, plan: Plan, ledger: Ledger, report: EnrichReport) -> None:
+    """Complete the report's totals, exactly."""
+    if report.stopped is None:
+        report.total = report.done
+    elif spec.overwrite:
+        # Which rows are done is not to be seen in the table: the condition says it.
+        report.remaining = None if report.total is None else max(0, report.total - report.done)
+        report.resume_where = ledger.resume_where(plan.rows)
+    else:
+        with anyio.move_on_after(RECOUNT_SECONDS), suppress(DatabaseError):
+            counted = await count_rows(plan.database, plan.source)
+            # Rows that were skipped have no value either; their records are gone.
+            skipped = 0 if spec.retry_failed else report.skipped
+            report.remaining = max(0, counted - skipped)
+
+
+async def count_in_batches(plan: Plan, report: EnrichReport) -> None:
+    """Count the rows that were left alone since they are in batches."""
+    if plan.leaves_submitted and plan.job is not None:
+        with suppress(DatabaseError):
+            report.in_batches = await read(plan.database, partial(count_submitted, job=plan.job))
+
+
+async def count_incomplete(spec: JobSpec, plan: Plan, report: EnrichReport) -> None:
+    """Count the rows that have values of a smaller schema, and lack those that are new."""
+    lacking = plan.incomplete
+    if lacking is not None and not spec.replaces:
+        with anyio.move_on_after(RECOUNT_SECONDS), suppress(EnrichError):
+            report.incomplete_columns = lacking.outputs
+            report.incomplete = await count_rows(plan.database, lacking)

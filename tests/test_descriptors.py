@@ -59,6 +59,39 @@ def test_something_is_in_flight_however_few_there_are(monkeypatch: pytest.Monkey
     assert fitting(ConcurrencyBounds()) == ConcurrencyBounds(start=2, min=1, max=2)
 
 
+def test_where_nothing_counts_what_is_open_as_much_as_usual_is_taken_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(path: str) -> None:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(descriptors.os, "listdir", refuse)
+    limited(256)
+    assert fitting(400) == 256 - 2 * descriptors.RESERVED
+
+
+def test_where_there_is_no_limit_everything_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: unlimited)
+    assert fitting(100_000) == 100_000
+    raise_limit()
+
+
+def test_a_limit_that_the_system_refuses_is_tried_lower(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def set_limit(_: int, limits: tuple[int, int]) -> None:
+        tried.append(limits[0])
+        if limits[0] < 0 or limits[0] > 4_096:
+            raise ValueError("too high")
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, "setrlimit", set_limit)
+    raise_limit()
+    assert tried[-2:] == [10_240, 4_096]
+    monkeypatch.undo()
+
+
 def test_the_soft_limit_is_raised_as_far_as_may_be() -> None:
     limited(128)
     raise_limit()

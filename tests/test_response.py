@@ -88,6 +88,39 @@ async def test_a_reader_that_leaves_stops_neither_the_prompt_nor_the_others() ->
         assert not response._bells
 
 
+async def test_a_reader_that_is_closed_lets_go_whoever_waits_in_it() -> None:
+    heard: list[str] = []
+
+    async def read(reader: Any) -> None:
+        heard.extend([event.chunk async for event in reader])
+
+    with watched(FakeModel(talks)) as facade:
+        response = await (await facade.model()).prompt("hi")
+        reader = response.astream_events()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(read, reader)
+            await anyio.sleep(1.5)
+            await reader.aclose()
+        assert heard == ["one "]
+        assert await response.text() == "".join(CHUNKS)
+
+
+async def test_callbacks_of_any_kind_run_in_their_order() -> None:
+    order: list[str] = []
+
+    async def later(response: llm.AsyncResponse) -> None:
+        await checkpoint()
+        order.append("async")
+
+    with watched(FakeModel(talks)) as facade:
+        response = await (await facade.model()).prompt("hi")
+        await response.on_done(later)
+        await response.on_done(lambda response: order.append("sync"))
+        await response.text()
+        await response.on_done(lambda response: order.append("afterwards"))
+        assert order == ["async", "sync", "afterwards"]
+
+
 async def test_one_reader_object_goes_on_where_it_stopped() -> None:
     with watched(FakeModel(talks)) as facade:
         response = await (await facade.model()).prompt("hi")
@@ -168,6 +201,7 @@ async def test_it_offers_what_llms_response_offers() -> None:
         response = await (await facade.model()).prompt("hi", system="be brief")
         assert isinstance(response, llm.AsyncResponse)
         assert not response.done
+        assert repr(response) == "<PromptResponse fake open>"
         with pytest.raises(ValueError, match="await"):
             response.text_or_raise()
         assert await response is response
@@ -183,6 +217,7 @@ async def test_it_offers_what_llms_response_offers() -> None:
         assert [event.type async for event in response.astream_events()] == ["reasoning", "text"]
         assert (response.resolved_model, response.model.model_id) == ("fake-2026", "fake")
         assert (response.prompt.prompt, response.prompt.system) == ("hi", "be brief")
+        assert repr(response) == "<PromptResponse fake succeeded>"
         sync = await response.to_sync_response()
         assert (sync.text(), sync.id) == ("answer", response.id)
         assert response.to_dict()["messages"]

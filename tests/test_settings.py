@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import gc
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from datasette_llm.access.sections import PluginSettings, RateLimits
 from datasette_llm.access.settings import get_settings, parse_settings
+from datasette_llm.calls.workers import workers_from
 from datasette_llm.pace.policy import ConcurrencyBounds, PromptSettings, RateLimit, RetryPolicy
 
 from .hooks import datasette_with
@@ -122,6 +124,20 @@ MISTAKES: list[tuple[Any, list[str]]] = [
     ({"require_keys": 1}, [".require_keys: must be true or false, not a number"]),
     ({"enforce": "some"}, [".enforce: must be 'all', 'config' or 'none'"]),
     ({"enforce": False}, [".enforce: must be 'all', 'config' or 'none'"]),
+    # Workers.
+    ({"workers": True}, [".workers: workers must be a number of processes or a scheduler's address"]),
+    ({"workers": [2]}, [".workers: workers must be a number of processes, a scheduler's address"]),
+    ({"workers": "somewhere"}, [".workers: 'somewhere' is no scheduler's address"]),
+    ({"workers": {"address": "tls://h:1"}}, [".workers: workers has no setting 'address'"]),
+    ({"workers": {"security": {}}}, [".workers: scheduler must be an address"]),
+    (
+        {"workers": {"scheduler": "tls://h:1", "security": {"pem": "x"}}},
+        [".workers: security takes the file"],
+    ),
+    (
+        {"purposes": {"x": {"workers": {"scheduler": "tls://h:1", "timeout": 0}}}},
+        [".purposes.x.workers: timeout must be a number of seconds, not 0"],
+    ),
 ]
 
 
@@ -218,11 +234,19 @@ def test_a_purpose_overrides_what_it_sets_and_inherits_the_rest() -> None:
             "concurrency": 5,
             "timeout": 10,
             "retries": {"attempts": 2, "timeout": 30},
-            "purposes": {"x": {"concurrency": {"max": 8}, "retries": {"attempts": 9}}},
+            "workers": "2",
+            "purposes": {
+                "x": {"concurrency": {"max": 8}, "retries": {"attempts": 9}, "workers": 0},
+                "patient": {"outage_timeout": 3600},
+            },
         }
     )
     assert settings.prompt_settings(None, None) == PromptSettings(5, 10.0, RetryPolicy(2, 30.0))
     assert settings.prompt_settings("other", None) == settings.prompt_settings(None, None)
+    assert settings.prompt_settings("patient", None).outage_timeout == 3600
+    general = settings.workers_of("other")
+    assert general is not None
+    assert (general.count, settings.workers_of("x")) == (2, None)
     assert settings.prompt_settings("x", RateLimits(requests_per_minute=60)) == PromptSettings(
         ConcurrencyBounds(8, 1, 8), 10.0, RetryPolicy(9, 30.0), RateLimit(60, None)
     )
@@ -329,3 +353,10 @@ def test_mistakes_about_money(config: Any, problem: str) -> None:
     with pytest.raises(StartupError) as caught:
         parse_settings(config)
     assert str(caught.value).startswith(ROOT + problem)
+
+
+def test_a_client_of_dask_stands_for_its_scheduler_and_security() -> None:
+    client = SimpleNamespace(scheduler=SimpleNamespace(address="tls://h:1"), security="its own")
+    workers = workers_from(client, timeout=5)
+    assert workers is not None
+    assert (workers.scheduler, workers.client_security, workers.timeout) == ("tls://h:1", "its own", 5)

@@ -10,17 +10,17 @@ import asyncio
 import gc
 import itertools
 import os
-import resource
 import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
 from pluggy import HookimplMarker
 
 from datasette_llm.backends.datasette_side import backend, call
+
+from .memory import resident_mb
 
 if TYPE_CHECKING:
     import sqlite3
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 hookimpl = HookimplMarker("datasette")
 
-_STATM = Path("/proc/self/statm")
 #: A prompt that contains this word is refused by the plugin.
 REFUSE = "refuse"
 
@@ -156,12 +155,10 @@ async def measure(books: Books, server: Server, began: float) -> Figures:
     """
     reserved = await books.reserved()
     counts = await anyio.to_thread.run_sync(lambda: server.counts)
-    pages = int(_STATM.read_text().split()[1])  # noqa: ASYNC240 - no disk behind it
-    used = resource.getrusage(resource.RUSAGE_SELF)
     return Figures(
         seconds=time.monotonic() - began,
-        rss_mb=pages * os.sysconf("SC_PAGE_SIZE") / 1e6,
-        cpu_s=used.ru_utime + used.ru_stime,
+        rss_mb=resident_mb(),
+        cpu_s=time.process_time(),
         tasks=_tasks(),
         # Listing them opens one.
         fds=len(os.listdir("/proc/self/fd")) - 1,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from datasette.app import Datasette
 
 from datasette_llm import LLM
 
+from .memory import resident_mb
 from .models import MODEL_ID
 from .provider import answer_text
 from .ways import open_group
@@ -19,15 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from .work import Result, Work
-
-
-def resident_mb() -> float:
-    """Return the memory this process has now (where the system tells; else the most it ever had)."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize() / 1e6
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
 async def instant_plain_llm(work: Work, prompts: list[str], result: Result) -> None:

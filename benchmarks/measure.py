@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import resource
 import signal
 import sys
 import time
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING
 import anyio
 import openai
 
-from . import in_process, page, ways
+from . import in_process, memory, page, ways
 from .launch import Server
 from .models import registered
 from .rows import prompts
@@ -81,7 +80,7 @@ async def measure(work: Work) -> Result:
         result.wall = result.wall or time.perf_counter() - wall
         if over_http:
             result.server = server.counts
-    result.peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    result.peak_mb = memory.peak_mb()
     return result
 
 

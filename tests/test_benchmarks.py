@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,6 @@ import httpx2
 import openai
 import pytest
 from datasette.app import Datasette
-
-pytest.importorskip("resource", reason="the benchmarks measure with it; Windows does not have it")
 
 from benchmarks import report
 from benchmarks.__main__ import measuring
@@ -36,7 +35,11 @@ if TYPE_CHECKING:
 
     from benchmarks.launch import Server
 
-pytestmark = [pytest.mark.real_clock, pytest.mark.system]
+pytestmark = [
+    pytest.mark.real_clock,
+    pytest.mark.system,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="each measurement is a fork, which Windows has not"),
+]
 
 
 @pytest.fixture(scope="module")

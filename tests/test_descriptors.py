@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -65,7 +66,7 @@ def test_where_nothing_counts_what_is_open_as_much_as_usual_is_taken_for_it(
     def refuse(path: str) -> None:
         raise FileNotFoundError(path)
 
-    monkeypatch.setattr(descriptors.os, "listdir", refuse)
+    monkeypatch.setattr(os, "listdir", refuse)
     limited(256)
     assert fitting(400) == 256 - 2 * descriptors.RESERVED
 

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-pytest.importorskip("resource", reason="the benchmarks measure with it; Windows does not have it")
-
 from benchmarks.gauges import Books, Figures
 from benchmarks.kill import Found, Kill, Table
 from benchmarks.launch import ROOT

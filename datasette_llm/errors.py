@@ -1,8 +1,15 @@
-"""The exceptions this package raises itself; everything else arrives as it was raised."""
+"""The exceptions this package raises itself; everything else arrives as it was raised, maybe in groups."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import llm
+
+from ._compat import BaseExceptionGroup
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class ModelNotFoundError(llm.UnknownModelError):
@@ -62,3 +69,12 @@ class NoWorkers(ProviderUnreachable):
 
     def __str__(self) -> str:
         return f"no worker for {self.seconds:.0f} seconds: {self.what}"
+
+
+def leaves_of(error: BaseException) -> Iterator[BaseException]:
+    """Yield the exceptions in a group, however deep they are; of any other, itself."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from leaves_of(inner)
+    else:
+        yield error

@@ -261,3 +261,32 @@ async def test_a_host_that_is_not_there_or_does_not_say() -> None:
         with pytest.raises(ValueError, match="text/plain"):
             await model.prompt("x", attachments=[llm.Attachment(url=f"{host.url}/200")])
         await drain()
+
+
+async def test_a_host_that_takes_too_long_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with host_of_files() as host, registered(Viewer()):
+        model = await LLM(datasette_with()).model("fake")
+        url = f"{host.url}/bird.png"
+        monkeypatch.setattr(attachments, "CONTENT_SECONDS", 0)
+        response = await model.prompt("content", attachments=[llm.Attachment(url=url)])
+        with pytest.raises(AttachmentError, match=r"bird\.png"):
+            await response.text()
+        monkeypatch.setattr(attachments, "HOST_SECONDS", 0)
+        with pytest.raises(AttachmentError, match=r"bird\.png"):
+            await model.prompt("x", attachments=[llm.Attachment(url=f"{url}?another")])
+        await drain()
+
+
+async def test_types_of_few_addresses_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attachments, "MOST_REMEMBERED", 1)
+    attachments._known.clear()
+    with host_of_files() as host:
+        for name in ("a", "b", "b", "a"):
+            await attachments.find_types(None, [llm.Attachment(url=f"{host.url}/bird.png?{name}")])
+        assert [path.rpartition("?")[2] for _, path in host.asked] == ["a", "b", "a"]
+
+
+def test_outside_of_a_model_call_content_is_fetched_at_once_and_a_failure_is_put_in_words() -> None:
+    attachment = attachments.LinkedAttachment(url="http://127.0.0.1:1/x", type="image/png")
+    with pytest.raises(AttachmentError, match=r"127\.0\.0\.1:1/x: "):
+        attachment.content_bytes()

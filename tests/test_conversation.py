@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,9 @@ async def test_each_turn_knows_the_ones_before() -> None:
         assert [type(response) for response in conversation.responses] == [llm.AsyncResponse] * 3
         assert conversation.id == conversation.conversation.id
         assert conversation.name is None
+        assert repr(conversation) == "<WrappedConversation fake turns=3>"
+        again = copy.copy(conversation)
+        assert again.id == conversation.id
         with pytest.raises(AttributeError):
             conversation.nonsense  # noqa: B018
 

@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from datasette_llm import PromptCancelled
-from datasette_llm._compat import BaseExceptionGroup
+from datasette_llm._compat import BaseExceptionGroup, ExceptionGroup
 from datasette_llm.backends.datasette_side import backend
 
 from .fakes import FakeModel
@@ -255,6 +255,15 @@ def raises_at_exit(result: Any) -> Any:
     return wrapper()
 
 
+def raises_several_at_exit(result: Any) -> Any:
+    @asynccontextmanager
+    async def wrapper() -> AsyncIterator[None]:
+        yield
+        raise ExceptionGroup("of its own", [Broken("one"), Broken("two")])
+
+    return wrapper()
+
+
 def raises_odd_at_exit(result: Any) -> Any:
     @asynccontextmanager
     async def wrapper() -> AsyncIterator[None]:
@@ -290,6 +299,7 @@ def is_a_coroutine(result: Any) -> Any:
         (yields_twice, RuntimeError, "generator didn't stop"),
         (raises_on_entry, Broken, "entry"),
         (raises_at_exit, Broken, "exit"),
+        (raises_several_at_exit, ExceptionGroup, "of its own"),
         (raises_itself, Broken, "wrapper"),
         (is_not_async, TypeError, "must return an async context manager"),
         (is_a_coroutine, TypeError, "must return an async context manager; a plugin's returned coroutine"),

@@ -297,6 +297,20 @@ async def test_many_unread_failures_do_not_flood_the_log(caplog: pytest.LogCaptu
     assert "90 more" in caplog.text
 
 
+async def test_failures_that_somebody_read_make_room_for_those_that_nobody_did(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("datasette_llm.tasks.group_supervisor.FAILURES_KEPT", 2)
+    with watched(FakeModel(as_told)) as llm:
+        async with llm.group() as group:
+            for _ in range(2):
+                with pytest.raises(Broken):
+                    await (await group.prompt("fail 1")).text()
+            for name in ("fail 2", "fail 3", "fail 4"):
+                await (await group.prompt(name)).wait()
+    assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == ["fail 2", "fail 3"]
+
+
 @pytest.mark.parametrize("refused", [0, 1, 3])
 async def test_the_first_prompt_enters_alone_and_if_refused_the_next_one_is_first(refused: int) -> None:
     inside = peak_before_first = 0

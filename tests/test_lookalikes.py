@@ -10,13 +10,15 @@ import llm
 import pytest
 
 from datasette_llm import LLM
+from datasette_llm.calls.heard_stream import HeardStream
+from datasette_llm.calls.wording import error_of, quoted
 
 from .fakes import FakeModel, registered
 from .hooks import datasette_with
 from .protocols import PLUGIN_MARKS, Answer, Raw, protocol_server
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, AsyncIterator
 
     from datasette_llm import PromptResponse
 
@@ -96,6 +98,14 @@ ANSWERS: dict[str, tuple[bool, Raw, str, str]] = {
     "JSON called events to a streaming request": (True, raw(completion(), EVENTS), "hello", "stop"),
     "a lone surrogate": (False, Raw(json.dumps(completion({"content": "a\ud800b"}))), "a\ud800b", "stop"),
     "a NUL": (True, Raw([chunk({"content": "a\0b"}), chunk({}, "stop"), DONE], EVENTS), "a\0b", "stop"),
+    "content in bare strings": (False, raw(completion({"content": ["hel", "lo", 1]})), "hello", "stop"),
+    "a choice without a delta": (
+        True,
+        Raw([*HELLO[:2], b'data: {"choices": [{"index": 0, "finish_reason": "stop"}]}\n\n', DONE], EVENTS),
+        "hello",
+        "stop",
+    ),
+    "events and no end": (True, Raw(HELLO, EVENTS), "hello", "stop"),
     "ten megabytes": (False, raw(completion({"content": "x" * 10_000_000})), "x" * 10_000_000, "stop"),
     "ten megabytes in a stream": (
         True,
@@ -326,3 +336,42 @@ async def test_what_a_plugin_stumbles_over_is_put_in_words() -> None:
             "(KeyError: 'modelVersion')"
         )
         assert isinstance(response.error.__cause__, KeyError)
+
+
+class Stream:
+    """A stream as a plugin might have it: one of events, and of no HTTP response."""
+
+    closed = False
+
+    def __aiter__(self) -> AsyncIterator[int]:
+        return self._numbers()
+
+    async def _numbers(self) -> AsyncIterator[int]:
+        for number in range(3):
+            yield number
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+async def test_a_stream_can_be_used_in_every_way_that_the_sdks_streams_can() -> None:
+    stream = Stream()
+    async with HeardStream(stream, HeardStream.events, lambda body, stream: []) as heard:
+        assert await anext(heard) == 0
+        assert [event async for event in heard] == [1, 2]
+        assert heard.closed is False
+        assert not heard.said_done
+    assert stream.closed
+
+
+def test_what_came_is_quoted_and_coded_whatever_it_is() -> None:
+    circle: list[Any] = []
+    circle.append(circle)
+    assert quoted(circle) == "[[...]]"
+    assert quoted({"a": {1}}) == '{"a": "{1}"}'
+    for body, code in (
+        ({"code": "503", "message": "busy"}, 503),
+        ({"code": 7, "type": "overloaded_error"}, "overloaded_error"),
+        ({"code": True, "status": "", "type": None}, None),
+    ):
+        assert error_of(body).code == code

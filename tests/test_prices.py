@@ -211,3 +211,15 @@ async def test_a_pricing_plugin_is_asked_before_the_list(
     price = await find_plugin_price(cast("Any", None), "fake")
     assert price == (Price(3.0, 12.0) if known else None)
     assert await find_plugin_price(cast("Any", None), "other") is None
+
+
+async def test_a_pricing_plugin_that_fails_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hook:
+        def get_hookimpls(self) -> list[int]:
+            return [1]
+
+        def __call__(self, datasette: Any) -> Any:
+            raise LookupError("its list cannot be read")
+
+    monkeypatch.setattr(pm, "hook", SimpleNamespace(register_llm_accountant_pricing=Hook()))
+    assert await find_plugin_price(cast("Any", None), "fake") is None

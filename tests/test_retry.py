@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from email.utils import format_datetime
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -419,3 +420,19 @@ def test_flex_processing_without_room_is_waited_for() -> None:
     answer = httpx2.Response(429, request=request, json={"error": body})
     failure = classify(openai.RateLimitError("429 Resource unavailable", response=answer, body=body))
     assert (failure.kind, failure.reason) == ("throttled", None)
+
+
+@with_notes
+async def test_a_failure_after_the_time_is_over_is_not_told_as_a_wait_that_nobody_asked_for() -> None:
+    calls = Calls(openai_error(500), seconds=20)
+    with pytest.raises(openai.InternalServerError) as caught:
+        await calls.run(RetryPolicy(timeout=10))
+    assert notes(caught.value) == "gave up after 1 attempt in 20.0 seconds"
+
+
+async def test_the_first_attempt_waits_for_its_slot_as_long_as_it_takes() -> None:
+    began = anyio.current_time()
+    async for attempt in retrying(RetryPolicy(timeout=30)):
+        with attempt:
+            await attempt.wait(partial(anyio.sleep, 1000))
+    assert anyio.current_time() - began == pytest.approx(1000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +14,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from datasette_llm import LLM
 from datasette_llm.calls import tracing
+from datasette_llm.calls.choice import Choice
+from datasette_llm.calls.semantics import of_answer, of_request
 from tests.fakes import FakeModel, registered
 from tests.hooks import datasette_with, hooked
 from tests.protocols import Answer, ToolCall, protocol_server
@@ -186,3 +189,35 @@ def _ended(spans: InMemorySpanExporter, count: int) -> Sequence[ReadableSpan]:
     ended = spans.get_finished_spans()
     assert len(ended) == count
     return ended
+
+
+def test_what_is_told_of_a_request_and_its_answer_in_the_words_of_the_conventions() -> None:
+    model: Any = SimpleNamespace(model_id="m", needs_key="claude", api_base="http://host/v1")
+    asked = of_request(Choice(model, "m", purpose="p", batch=True))
+    assert asked == {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": "anthropic",
+        "gen_ai.request.model": "m",
+        "datasette_llm.purpose": "p",
+        "datasette_llm.batch": True,
+        "server.address": "host",
+        "server.port": 80,
+    }
+    for address in ("nowhere", "http://[::1"):
+        model.api_base = address
+        assert "server.address" not in of_request(Choice(model, "m"))
+    answer: Any = SimpleNamespace(
+        response_json={"id": "a1", "model": "m-2026"},
+        input_tokens=100,
+        output_tokens=50,
+        token_details={
+            "cache_read_input_tokens": 20,
+            "cache_creation_input_tokens": 10,
+            "output_tokens_details": {"reasoning_tokens": 30},
+        },
+    )
+    told = of_answer(answer)
+    assert (told["gen_ai.response.id"], told["gen_ai.response.model"]) == ("a1", "m-2026")
+    assert told["gen_ai.usage.cache_read.input_tokens"] == 20
+    assert told["gen_ai.usage.cache_creation.input_tokens"] == 10
+    assert told["gen_ai.usage.reasoning.output_tokens"] == 30

@@ -145,14 +145,15 @@ async def _chat_chunks(stream: HeardStream) -> AsyncIterator[Any]:
                 raise error_of(error, where=" in the middle of its stream")
             chunk.choices = []
         for choice in chunk.choices:
-            delta = getattr(choice, "delta", None)
-            if delta is None:
-                continue
+            reason = getattr(choice, "finish_reason", None) or reason
+        # One without a delta says no more than that; llm asks each for its delta.
+        chunk.choices = [choice for choice in chunk.choices if getattr(choice, "delta", None) is not None]
+        for choice in chunk.choices:
+            delta = choice.delta
             if isinstance(delta.content, list):
                 delta.content = _joined(delta.content)
             if getattr(delta, "refusal", None):
                 refusal.append(delta.refusal)
-            reason = choice.finish_reason or reason
         yield chunk
     if reason is None and stream.said_done:
         # It never says why, but it does say that this was all.

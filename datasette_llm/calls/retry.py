@@ -141,6 +141,9 @@ class _Retrying:
             self.note(error, self._gave_up())
             return False
         left = self.deadline - anyio.current_time()
+        if left <= 0:
+            self.note(error, self._gave_up())
+            return False
         wait = failure.retry_after or 0.0
         if wait > left:
             self.note(
@@ -148,9 +151,6 @@ class _Retrying:
                 f"{self._gave_up()}: the provider asks to wait {wait:.0f} seconds, "
                 f"more than is left of the {self.policy.timeout:g} that a prompt may take",
             )
-            return False
-        if left <= 0:
-            self.note(error, self._gave_up())
             return False
         if failure.kind == "throttled" or failure.retry_after is not None:
             # The throttle decides when anybody is let in again; here only what this prompt was told.

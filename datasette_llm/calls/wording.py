@@ -131,5 +131,5 @@ def _who_stumbled(error: BaseException) -> str | None:
         if top in _SDKS or top.startswith("llm_"):
             return top
         if top not in _READERS and top not in _STANDARD:
-            return None
+            break
     return None

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from datasette_llm._compat import BaseExceptionGroup
-from datasette_llm.errors import NoWorkers, WorkersError
+from datasette_llm.errors import NoWorkers, WorkersError, leaves_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from datasette_llm._compat import BaseExceptionGroup
 
 
 class EnrichError(Exception):
@@ -64,7 +63,7 @@ def concerns_one_row(error: Exception) -> bool:
 
 def raise_bare(group: BaseExceptionGroup[BaseException]) -> None:
     """Raise the one exception in a group bare, or the first if the database failed several tasks."""
-    leaves = list(_leaves(group))
+    leaves = list(leaves_of(group))
     if len(leaves) == 1 or all(isinstance(leaf, EnrichError) for leaf in leaves):
         raise _as_the_jobs(leaves[0])
     raise group
@@ -77,11 +76,3 @@ def _as_the_jobs(error: BaseException) -> BaseException:
     if isinstance(error, NoWorkers):
         return EnrichError(f"Nothing was sent: {error}")
     return error
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from _leaves(inner)
-    else:
-        yield error

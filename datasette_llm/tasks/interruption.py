@@ -5,7 +5,7 @@ from __future__ import annotations
 from anyio import get_cancelled_exc_class
 
 from .._compat import BaseExceptionGroup
-from ..errors import PromptCancelled
+from ..errors import PromptCancelled, leaves_of
 
 
 def misplaced(stop: BaseException) -> RuntimeError:
@@ -38,7 +38,7 @@ def ends_program(error: BaseException) -> bool:
     return isinstance(error, (KeyboardInterrupt, SystemExit))
 
 
-def without_echo(error: BaseException, failure: Exception | None) -> BaseException:
+def without_echo(error: BaseExceptionGroup[BaseException], failure: Exception | None) -> BaseException:
     """Return what a wrapper really raised, if it holds a task group around its ``yield``.
 
     What was raised at the ``yield`` leaves a task group in an exception group. If that is all there is in
@@ -48,9 +48,7 @@ def without_echo(error: BaseException, failure: Exception | None) -> BaseExcepti
         error: what came out of the wrapper.
         failure: what the work inside of the wrapper ended with.
     """
-    if not isinstance(error, BaseExceptionGroup):
-        return error
-    leaves = list(_leaves(error))
+    leaves = list(leaves_of(error))
     echoes = [leaf for leaf in leaves if leaf is failure or isinstance(leaf, PromptCancelled)]
     if not echoes:
         # A group of the plugin's own, or of the model's.
@@ -59,11 +57,5 @@ def without_echo(error: BaseException, failure: Exception | None) -> BaseExcepti
         return next((echo for echo in echoes if not isinstance(echo, PromptCancelled)), echoes[0])
     _, rest = error.split(PromptCancelled)
     assert rest is not None
-    found = list(_leaves(rest))
+    found = list(leaves_of(rest))
     return found[0] if len(found) == 1 else rest
-
-
-def _leaves(error: BaseException) -> list[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
-    return [error]

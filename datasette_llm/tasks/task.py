@@ -14,6 +14,7 @@ Only 1 and 3 can be interrupted (``interruptible``).
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import llm
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("datasette_llm")
 
 
-class SupervisedTask(Interruptible):
+class SupervisedTask(Interruptible, ABC):
     """A prompt or a chain, run by ``run()`` in a task that a supervisor owns.
 
     Args:
@@ -79,9 +80,9 @@ class SupervisedTask(Interruptible):
 
     # What the subclass says
 
+    @abstractmethod
     async def work(self) -> None:
         """Do what the wrappers are around; raise what they shall see."""
-        raise NotImplementedError
 
     def enter_context(self) -> None:
         """Set the context variables that the wrappers shall run with."""
@@ -89,21 +90,21 @@ class SupervisedTask(Interruptible):
     async def after(self) -> None:
         """Do what comes once the wrappers are left, callbacks of the caller for one."""
 
+    @abstractmethod
     def responses(self) -> Sequence[PromptResponse]:
         """The responses it has got so far."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish_reasons(self, error: Exception | None) -> list[str]:
         """Why its model stopped, each time that it was asked and says so; for a task that ends with this."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, error: Exception | None) -> None:
         """Tell the readers that it has ended."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cost(self) -> float | None:
         """Return what it cost in dollars, as far as that is known."""
-        return None
 
     def count_tokens(self) -> None:
         """Enter what it used in the books of its owner; called when it has succeeded."""

@@ -10,6 +10,7 @@ import pytest
 
 from datasette_llm.enrich.telling.display import Bar, Lines, Silence, line, open_display, warnings_through
 from datasette_llm.enrich.telling.report import EnrichProgress
+from datasette_llm.enrich.telling.weather import Unanswered
 from datasette_llm.enrich.telling.words import duration
 
 
@@ -98,6 +99,31 @@ def test_no_time_is_told_where_none_can_be_known() -> None:
     bar.update(progress)
     bar.close()
     assert "left" not in terminal.getvalue()
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+def test_why_nothing_goes_on_is_not_cut_off(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.get_terminal_size", lambda fallback=None: os.terminal_size((columns, 24)))
+    progress = progress_of(5_000, retries=21)
+    progress.stalled, progress.oldest_seconds = True, 70.0
+    progress.waiting = "no connection to 127.0.0.1:8204 since 22:50, next try in 13 s"
+    if columns == 40:
+        progress.waiting = "no answer for {}"
+    terminal = Terminal()
+    bar = Bar(terminal)
+    bar.update(progress)
+    bar.close()
+    assert progress.waiting in terminal.getvalue()
+    assert "asked" not in terminal.getvalue()
+
+
+def test_silence_is_told_where_answers_came_before() -> None:
+    silence = Unanswered()
+    assert silence.look(0, 300.0) is None
+    assert silence.look(40, 320.0) is None
+    assert silence.look(40, 380.0) is None  # One every eight seconds: it may take a while.
+    assert silence.look(40, 410.0) == "no answer for 1 min 30 s"
+    assert silence.look(41, 411.0) is None
 
 
 def test_quiet_shows_notes_only() -> None:

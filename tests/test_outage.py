@@ -265,6 +265,18 @@ def test_the_states_of_an_outage() -> None:
     assert not outage.waiting
 
 
+def test_an_outage_begins_when_the_last_answer_came() -> None:
+    outage = Outage("m")
+    outage.answered(50.0, 10.0)
+    # They had waited in line for a long time, while others were answered.
+    assert any(outage.failed(60.0, 5.0, trouble(), 0, None, number) for number in range(8))
+    assert outage.began == 50.0
+    assert outage.seconds(70.0) == 20.0
+    # All the same it is the outage that they failed for.
+    assert outage.covers(5.0, alone=False)
+    assert not outage.covers(4.0, alone=False)
+
+
 def test_what_one_prompt_can_do_alone_takes_several_prompts_to_be_an_outage() -> None:
     outage = Outage("m")
     assert not any(outage.failed(float(at), at - 0.1, trouble(alone=True), 0, None, "a") for at in range(20))

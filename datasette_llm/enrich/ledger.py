@@ -16,7 +16,7 @@ from ..secrecy import redacted
 from .errors import concerns_one_row
 from .telling.kinds import OTHER, group_of
 from .telling.report import EnrichProgress, FailureKind
-from .telling.weather import away_in_words
+from .telling.weather import Unanswered, away_in_words
 
 if TYPE_CHECKING:
     from .reading.selection import Row, Selection
@@ -80,6 +80,7 @@ class Ledger:
         self._failures: dict[str, FailureKind] = {}
         # Rows that were pulled and are not settled yet, in the order of their keys, and when they were.
         self._unsettled: dict[tuple[SQLValue, ...], float] = {}
+        self._silence = Unanswered()
         self._last_pulled: tuple[SQLValue, ...] | None = None
 
     @property
@@ -238,15 +239,19 @@ class Ledger:
         workers = stats.workers
         if progress.waiting is None and workers is not None and workers.waiting and not workers.workers:
             progress.waiting = f"no worker is there: {workers.waiting} prompts wait for one"
+        progress.quota_seconds = stats.quota_seconds
+        progress.oldest_seconds = None
+        if progress.total is not None and 0 < progress.total - progress.done <= len(self._unsettled):
+            progress.oldest_seconds = self.elapsed - next(iter(self._unsettled.values()))
+        silence = self._silence.look(progress.done, progress.elapsed)
+        told = progress.waiting or progress.quota_seconds is not None or progress.is_tail
+        if not told and stats.cooldown_seconds < SHOWN_SECONDS and self.in_flight:
+            progress.waiting = silence
         progress.stalled = progress.waiting is not None
         if progress.waiting is None and stats.cooldown_seconds >= SHOWN_SECONDS:
             progress.waiting = f"{math.ceil(stats.cooldown_seconds)} s for the provider"
         if progress.waiting is None:
             progress.waiting = self.note
-        progress.quota_seconds = stats.quota_seconds
-        progress.oldest_seconds = None
-        if progress.total is not None and 0 < progress.total - progress.done <= len(self._unsettled):
-            progress.oldest_seconds = self.elapsed - next(iter(self._unsettled.values()))
 
     def count(self, report: EnrichReport) -> None:
         """Enter what needs no transaction: the rows skipped and, as far as it is known, the total."""

@@ -44,7 +44,8 @@ class Outage:
 
     Attributes:
         active: whether it is away.
-        began: since when nobody was answered: when the first call was sent that failed; if active.
+        began: since when nobody was answered: the last answer, or when the first call was sent that failed if
+            that was later; if active.
         trouble: what the last failure was; if active.
         reached: whether there ever was an answer.
         next_probe: when the next probe may be sent; ``inf`` while one is out.
@@ -62,6 +63,8 @@ class Outage:
         self.answered_at = -math.inf
         self._model_id = model_id
         self._known_at = 0.0
+        # When the first call was sent that failed: it may have waited in line while others were answered.
+        self._first_sent = 0.0
         self._ended_at = -math.inf
         self._over_seconds = 0.0
         # The run of failures without an answer.
@@ -96,7 +99,7 @@ class Outage:
         """
         if not self.active and sent > self._ended_at:
             return False
-        return sent >= (self._known_at if alone else self.began)
+        return sent >= (self._known_at if alone else self._first_sent)
 
     def answered(self, now: float, sent: float) -> bool:
         """A call was answered that had been sent at a moment; return whether that ends the outage."""
@@ -154,7 +157,8 @@ class Outage:
         if not self._is_no_chance(now, out):
             return False
         self.active = True
-        self.began, self._known_at = self._run_sent, now
+        self.began, self._known_at = max(self._run_sent, self.answered_at), now
+        self._first_sent = self._run_sent
         self.trouble = trouble
         self.room = math.inf
         self._prompts.clear()

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # With fewer columns than this the bar itself has no room beside the numbers.
 NARROW_COLUMNS = 70
+# The same beside a sentence.
+ROOMY_COLUMNS = 100
 # Lines in a log: often enough to see that it lives, seldom enough to leave the log readable.
 LINE_SECONDS = 10.0
 LATER_LINE_SECONDS = 60.0
@@ -148,6 +150,12 @@ def _format(progress: EnrichProgress, columns: int) -> str:
             else ("{n_fmt} rows (still counting) [{elapsed}, {rate_fmt}{postfix}]")
         )
     narrow = columns < NARROW_COLUMNS
+    if progress.stalled and progress.waiting:
+        # Why nothing goes on is what counts, and is not to be cut off behind the rate of before.
+        why = progress.waiting.replace("{", "{{").replace("}", "}}")
+        if columns < ROOMY_COLUMNS:
+            return "{percentage:.0f}% {n_fmt}/{total_fmt} " + why + "{postfix}"
+        return "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [" + why + "{postfix}]"
     # tqdm knows the time as well, and a question mark before the first row.
     left = "{remaining} left" if progress.seconds_left is not None or not progress.done else ""
     if progress.is_tail:
@@ -169,13 +177,14 @@ def _tail(progress: EnrichProgress, narrow: bool = False) -> str:
 def _counts(progress: EnrichProgress, columns: int) -> str:
     narrow = columns < NARROW_COLUMNS
     parts = _quota(progress)
-    if progress.waiting:
+    in_front = progress.stalled and progress.total is not None
+    if progress.waiting and not in_front:
         parts.append(f"waiting: {progress.waiting}")
     if progress.stopping:
         parts.append("stopping")
     if progress.failed:
         parts.append(f"{progress.failed:,} failed")
-    if narrow:
+    if narrow or in_front:
         return ", ".join(parts)
     if progress.skipped:
         parts.append(f"{progress.skipped:,} skipped")
@@ -211,7 +220,7 @@ def line(progress: EnrichProgress) -> str:
         else f"{progress.done:,}/{counted(progress.total, 'row')}"
     ]
     parts.append(f"{rate:,.1f} rows/s")
-    if progress.is_tail:
+    if progress.is_tail and not progress.stalled:
         parts.append(_tail(progress))
     elif progress.seconds_left is not None:
         parts.append(f"{duration(progress.seconds_left)} left")

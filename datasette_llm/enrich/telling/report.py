@@ -65,7 +65,7 @@ class EnrichProgress:
         stopping: why it is stopping, if it is.
         paused: no more rows are asked about until somebody has it go on.
         waiting: what keeps the database from being used, or the provider from being reached, and since when,
-            in words: nothing is sent then.
+            in words: nothing is sent then. Or for how long nothing was answered.
         quota_seconds: how long a quota that is used up is still waited for, if it is.
         stalled: whether nothing goes on, and nobody knows for how long.
         oldest_seconds: how long ago the first of the rows left was asked about, once all of them are.

@@ -20,7 +20,7 @@ def away_in_words(away: Away) -> str:
 
 
 class Unanswered:
-    """Notices that a job which was answered no longer is, while nobody knows why: no time left is known then."""
+    """Notices that a job is answered no longer, and nobody knows why: no time left is known then."""
 
     #: Seconds without an answer that are nothing yet, and so many times as long as each one took before.
     LEAST_SECONDS, TIMES = 60.0, 10.0

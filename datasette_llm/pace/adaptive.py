@@ -16,6 +16,7 @@ import math
 from typing import TYPE_CHECKING
 
 from .knee import Knee
+from .overtaking import Overtaking
 
 if TYPE_CHECKING:
     from .policy import ConcurrencyBounds
@@ -25,10 +26,9 @@ FAST_GROWTH = 1.6
 #: Until answers come, the limit grows to at most this many times its start: a server that queues instead
 #: of refusing would otherwise be given 500 requests before it has answered the first.
 UNPROVEN_FACTOR = 2
-#: With answers it grows to at most this many times the number in flight they were sent at.
-PROVEN_FACTOR = 6
-#: The same when they take longer than at first; and how many answers prove it.
-WARNED_FACTOR, PROOF = 2, 5
+#: With answers it grows to at most this many times the number that was seen to be worked on: so fast up to
+#: ``PROVEN_FEW``, and then more slowly.
+PROVEN_FACTOR, PROVEN_FEW, PROVEN_FACTOR_MANY = 4.0, 200.0, 2.5
 #: How much faster it grows, and without these bounds, when the pace follows what the provider announced.
 ANNOUNCED_GROWTH = 5
 #: Twice as many in flight must give at least this much more throughput, or growing stops. (1 is what a
@@ -77,8 +77,8 @@ class AdaptiveLimit:
         self.limit = max(bounds.min, min(bounds.start, bounds.max))
         self._size = float(self.limit)
         self._levels = [_Level(self._size, now)]
-        self._knee = Knee()
-        self._proven = 0.0
+        self.overtaking = Overtaking()
+        self._knee = Knee(self.overtaking)
         self._growth = FAST_GROWTH
         self._announced = False
         self._pressed_at: float | None = None
@@ -134,8 +134,12 @@ class AdaptiveLimit:
             return max(now, self._retry_at)
         return now + max(0.005, math.log((self.limit + 1) / self._size) / self._growth)
 
-    def answered(self, now: float, seconds: float) -> None:
-        """A request was answered that had taken so many seconds."""
+    def answered(self, now: float, seconds: float, beside: int) -> None:
+        """A request was answered that had taken so many seconds.
+
+        Args:
+            beside: how many were in flight when it was sent, itself included.
+        """
         sent = now - seconds
         levels = self._levels
         for level in reversed(levels):
@@ -145,12 +149,12 @@ class AdaptiveLimit:
             level = levels[0]
         level.answers += 1
         level.seconds += seconds
-        if level.limit > self._proven and level.answers >= PROOF:
-            self._proven = level.limit
         knee = self._knee
         if level.answers == ENOUGH_ANSWERS and not self._slow and knee.cap == math.inf:
             self._judge(now)
-        knee.answered(now, seconds)
+        knee.answered(
+            now, seconds, beside, self._size, grows=self._size > UNPROVEN_FACTOR * self.bounds.start
+        )
         if knee.cap < self._size and not self._announced:
             self._resize(knee.cap, now)
 
@@ -211,8 +215,12 @@ class AdaptiveLimit:
     def _ceiling(self) -> float:
         if self._announced:
             return float(self.bounds.max)
-        factor = WARNED_FACTOR if self._knee.slower else PROVEN_FACTOR
-        proven = max(UNPROVEN_FACTOR * self.bounds.start, factor * self._proven)
+        knee = self._knee
+        proven = max(
+            UNPROVEN_FACTOR * self.bounds.start,
+            min(PROVEN_FACTOR * knee.unhindered, PROVEN_FEW),
+            PROVEN_FACTOR_MANY * knee.worked_on,
+        )
         return float(min(self.bounds.max, proven, max(self._knee.cap, self.bounds.min)))
 
     def _resize(self, size: float, now: float) -> None:
@@ -245,7 +253,9 @@ class AdaptiveLimit:
                 if gain < 1 + (WORTHWHILE - 1) * (level.limit / before.limit - 1):
                     # As many as keep it busy at this throughput, were each answered as fast as before.
                     took = before.seconds / before.answers
-                    self._resize(throughput * took * 1.1, now)
-                    self._knee.found(took, self._size)
+                    size = max(throughput * took * 1.1, self._knee.shown)
+                    if size < self._size:
+                        self._resize(size, now)
+                        self._knee.found(took, size)
                     return
             before = level

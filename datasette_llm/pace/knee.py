@@ -4,20 +4,28 @@ Such a server refuses nothing: with more in flight than it works on, each only w
 it works on as many as it answers in a second, times the seconds an answer takes without a queue. That is
 the knee, and the number in flight is held a little above it, as TCP's BBR does.
 
-Two signs of a queue:
+Signs of a queue:
 
 * *from the beginning*: the first answers come one by one, as far apart as the first one took (or half, a
   third, a quarter of it): whatever is in flight, so few are worked on;
+* *soon after*: answers take longer than the first few did.
 * *while growing*: twice as many in flight do not give more answers a second, each only takes longer.
 
-A knee that was found may be none, or no longer: answers scatter, and change with the prompts. So a few more
-are let in now and then, which costs nothing, and if they are answered in the same time the number rises.
+Times alone deceive where answers scatter by their length: the first to come are the shortest of many. There
+``overtaking`` tells how many are worked on, and no sign counts against it.
+
+A knee that was found may be none, or no longer: answers change with the prompts. So a few more are let in
+now and then, which costs nothing, and if they are answered in the same time the number rises.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .overtaking import Overtaking
 
 #: In flight per call that is worked on, and besides: for so few that the latter counts most, and for more.
 FEW, MORE = (2.0, 4.0), (1.25, 2.0)
@@ -37,8 +45,12 @@ PROBE, WORTHWHILE, WIDER, BACK = 1.4, 1.2, 2.0, 0.8
 CROWDED = 0.3
 #: From then on no more are in flight than are answered in this share of the time that calls are waited for.
 IN_TIME = 0.75
-#: Answers that take so much longer than the first few did are a warning.
-SOME, SLOWER = 8, 1.5
+#: The first few answers, that later ones are compared with; and what of those is their share of the average.
+SOME, SMOOTHING = 8, 1 / 8
+#: Answers that take hardly longer than the first few did take none longer.
+HARDLY = 1.15
+#: So many answers after the first few a queue is seen in that they take so many times longer.
+SURE, LONGER = 8, 1.5
 
 
 class Knee:
@@ -48,11 +60,14 @@ class Knee:
         cap: how many may be in flight because of it; ``inf`` while no queue is seen.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, overtaking: Overtaking) -> None:
         self.cap = math.inf
+        self._overtaking = overtaking
         self._answers = 0
         self._first_at = self._first_seconds = 0.0
-        self._some_seconds = 0.0
+        # What the first few answers took, what those of late took, and how many were out beside these.
+        self._some_seconds = self._lately = self._beside = 0.0
+        self._most_seen = self._most_unhindered = 0.0
         # What an answer takes without a queue, and what it took when that was seen first.
         self._alone = self._least = 0.0
         self._gain = FEW
@@ -65,11 +80,21 @@ class Knee:
         self._before: float | None = None
 
     @property
-    def slower(self) -> bool:
-        """Whether answers take longer than they did at first."""
-        if self._answers <= SOME:
-            return False
-        return sum(self._recent[-number][1] for number in range(1, SOME + 1)) > SLOWER * self._some_seconds
+    def worked_on(self) -> float:
+        """How many calls it was seen to work on at once: of those in flight, as many as did not wait."""
+        return max(self._most_seen, self.unhindered)
+
+    @property
+    def unhindered(self) -> float:
+        """The same, while nothing shows that any had to wait."""
+        return max(self._most_unhindered, self._overtaking.shown)
+
+    @property
+    def shown(self) -> float:
+        """How many may be in flight because that many are seen to be worked on."""
+        times, besides = FEW
+        shown = self._overtaking.shown
+        return times * shown + besides if shown else 0.0
 
     def is_crowded(self, now: float, seconds: float) -> bool:
         """Whether a call that was given up after so many seconds had waited in line, as others had."""
@@ -92,13 +117,35 @@ class Knee:
             self._alone = self._least = min(took for _, took in self._recent)
         self.cap = min(self.cap, limit)
 
-    def answered(self, now: float, seconds: float) -> None:
-        """A call was answered that had taken so many seconds."""
+    def answered(self, now: float, seconds: float, beside: int, limit: float, *, grows: bool) -> None:
+        """A call was answered that had taken so many seconds.
+
+        Args:
+            beside: how many were in flight when it was sent, itself included.
+            limit: how many may be now.
+            grows: whether that has grown by what answers have shown.
+        """
         self._answers += 1
         self._since += 1
         self._recent.append((now, seconds))
         if self._answers <= SOME:
             self._some_seconds += seconds
+        share = max(SMOOTHING, 1 / self._answers)
+        self._lately += share * (seconds - self._lately)
+        self._beside += share * (beside - self._beside)
+        at_first = self._some_seconds / min(self._answers, SOME)
+        # No more than were answered can have been seen.
+        seen = min(beside, self._answers)
+        if self._lately <= HARDLY * at_first:
+            self._most_unhindered = max(self._most_unhindered, seen)
+        else:
+            self._most_seen = max(self._most_seen, seen * min(1.0, at_first / self._lately))
+        if self.cap == math.inf and self._answers >= SOME + SURE and self._lately > LONGER * at_first:
+            times, besides = FEW
+            fewer = max(times * self._beside * at_first / self._lately + besides, self.shown)
+            # An answer tells of when its call was sent; what has grown since is ahead of it.
+            if fewer < (self._beside if grows else limit):
+                self.found(at_first, fewer)
         if self._answers == 1:
             self._first_at, self._first_seconds = now, seconds
         elif FIRST <= self._answers <= FIRST_MOST:
@@ -145,7 +192,7 @@ class Knee:
         rate = (number - 1) / seconds
         times, besides = self._gain
         if self._before is None:
-            self.cap = times * rate * self._alone + besides
+            self.cap = max(times * rate * self._alone + besides, self.shown)
             if self._since >= self._hold * window:
                 self._before, self._since = rate, 0
                 self.cap *= PROBE

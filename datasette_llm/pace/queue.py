@@ -33,7 +33,7 @@ class Gate(Protocol):
     def started(self, slots: Holder, now: float, tokens: int) -> float:
         """A call starts now; return when it did, on the clock."""
 
-    def gave_back(self, slots: Holder, tokens: int) -> None:
+    def gave_back(self, slots: Holder, tokens: int, started: float) -> None:
         """A call that had started was cancelled before it began."""
 
     def held_back(self, now: float) -> None:
@@ -86,7 +86,7 @@ class Queue:
                         waiter.event = anyio.Event()
         except BaseException:
             if waiter.granted:
-                self._gate.gave_back(slots, waiter.tokens)
+                self._gate.gave_back(slots, waiter.tokens, waiter.started)
             elif not waiter.told:
                 lane.remove(waiter)
                 self.waiting -= 1

@@ -180,7 +180,7 @@ class Slots:
             try:
                 await checkpoint()
             except BaseException:
-                self._throttle.gave_back(self, tokens)
+                self._throttle.gave_back(self, tokens, taken)
                 raise
             self.acquired_at = taken
             return
@@ -350,6 +350,9 @@ class Throttle:
         slots.lane.in_use += 1
         self.in_use += 1
         self._cooldowns.sent(now)
+        adaptive = slots.lane.adaptive
+        if adaptive is not None:
+            adaptive.overtaking.sent(now)
         if self.outage.active:
             self.outage.sent(now)
         if self.paced:
@@ -365,9 +368,11 @@ class Throttle:
         if self._announced.known and requests > 0:
             self._announced.take(now, tokens)
 
-    def gave_back(self, slots: Holder, tokens: int) -> None:
+    def gave_back(self, slots: Holder, tokens: int, started: float) -> None:
         """Undo ``started()`` for a call that was cancelled before it began."""
         now = self._now()
+        if slots.lane.adaptive is not None:
+            slots.lane.adaptive.overtaking.ended(started, answered=False)
         slots.in_use -= 1
         slots.lane.in_use -= 1
         self.in_use -= 1
@@ -415,6 +420,10 @@ class Throttle:
     def _learn(self, lane: Lane, outcome: Outcome, started: float | None, prompt: object) -> None:
         now = self._now()
         seconds = outcome.seconds if started is None else now - started
+        beside = 1
+        if lane.adaptive is not None:
+            sent = now - seconds if started is None else started
+            beside = lane.adaptive.overtaking.ended(sent, answered=outcome.kind == "ok")
         if self.paced:
             # Which estimate was this call's is not known, only what all that run were estimated at.
             estimated = self._estimated_tokens / self.in_use
@@ -432,7 +441,7 @@ class Throttle:
         if outcome.kind == "ok":
             self.served_at = now
             if lane.adaptive is not None:
-                lane.adaptive.answered(now, seconds)
+                lane.adaptive.answered(now, seconds, beside)
             if self._cooldowns.active:
                 self._cooldowns.answered(now, seconds)
         elif outcome.kind == "throttled" and not self.outage.active:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -13,26 +12,18 @@ import pytest
 from datasette.app import Datasette
 
 from datasette_llm.enrich.spec import JobSpec
-from datasette_llm.pages.jobs import is_possible, live
+from datasette_llm.pages.jobs import live
 from datasette_llm.pages.jobs.chart import POINTS, History, draw
-from datasette_llm.pages.jobs.filters import literal, query_about_rows, with_literals
+from datasette_llm.pages.jobs.filters import literal, with_literals
 
 from .enrich_tables import TableFile, fake_model
-from .patience import PATIENCE_SECONDS
+from .job_site import ANA, ASK, BEN, FORM, site, text_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
-pytestmark = [
-    pytest.mark.real_clock,
-    pytest.mark.skipif(not is_possible(Datasette), reason="this Datasette has no background tasks"),
-]
-
-ANA = {"id": "ana"}
-BEN = {"id": "ben"}
-FORM = "/data/-/llm/enrich/words"
-ASK = {"model": "fake", "prompt": "Say {{ word }}", "column": "said"}
+pytestmark = pytest.mark.real_clock
 
 
 @pytest.fixture
@@ -50,56 +41,6 @@ def file(tmp_path: Path) -> Iterator[TableFile]:
     )
     yield file
     file.close()
-
-
-class Site:
-    """Datasette's pages as somebody sees them."""
-
-    def __init__(self, datasette: Any) -> None:
-        self.datasette = datasette
-
-    async def get(self, path: str, actor: dict[str, Any] | None = ANA) -> Any:
-        return await self.datasette.client.get(path, **({"actor": actor} if actor else {}))
-
-    async def post(
-        self, path: str, data: dict[str, Any] | None = None, actor: dict[str, Any] | None = ANA
-    ) -> Any:
-        return await self.datasette.client.post(path, data=data or {}, **({"actor": actor} if actor else {}))
-
-    async def run(self, path: str = FORM, **fields: str) -> str:
-        """Start a job and return the path of its page."""
-        answer = await self.post(path, {**ASK, **fields, "action": "run"})
-        assert answer.status_code == 302, text_of(answer)
-        return str(answer.headers["location"])
-
-    async def ended(self, path: str) -> dict[str, Any]:
-        with anyio.fail_after(PATIENCE_SECONDS):
-            job = live.find(self.datasette, "data", int(path.rpartition("/")[2]))
-            assert job is not None
-            await job.ended.wait()
-        return dict((await self.get(path + ".json")).json())
-
-
-@asynccontextmanager
-async def site(file: TableFile) -> AsyncIterator[Site]:
-    datasette = file.datasette(
-        config={
-            "permissions": {"update-row": ANA, "alter-table": ANA},
-            "databases": {"data": {"tables": {"secret": {"allow": ANA}}}},
-            "plugins": {"datasette-llm": {"default_model": "fake", "concurrency": 1}},
-        }
-    )
-    await datasette.start_background_tasks()
-    try:
-        yield Site(datasette)
-    finally:
-        await datasette.invoke_shutdown()
-
-
-def text_of(answer: Any) -> str:
-    """Return what a person reads."""
-    body = re.sub(r"(?s)<(script|style).*?</\1>", "", answer.text)
-    return " ".join(re.sub(r"<[^>]+>", " ", body).split())
 
 
 async def test_a_job_from_the_tables_page_to_its_result(file: TableFile) -> None:
@@ -204,7 +145,7 @@ async def test_who_may_see_and_start_jobs(file: TableFile) -> None:
                 assert (await pages.get(f"{open_one}/{action}")).status_code == 405
             elsewhere = {"sec-fetch-site": "cross-site", "origin": "https://elsewhere.example"}
             for address in (FORM, f"{open_one}/stale"):
-                sent = await pages.datasette.client.post(address, data=ASK, actor=ANA, headers=elsewhere)
+                sent = await pages.post(address, ASK, headers=elsewhere)
                 assert sent.status_code == 403
 
 
@@ -361,11 +302,6 @@ def test_parameters_become_literals_but_not_where_they_only_look_like_it() -> No
     assert [literal(value) for value in (None, True, 7, b"\xff", "a\0b")] == [
         "null", "1", "7", "x'ff'", "cast(x'610062' as text)",
     ]  # fmt: skip
-
-
-def test_what_a_table_page_shows_beside_its_rows_is_no_filter() -> None:
-    query = "kind__exact=a&_sort=b&_facet=c&_search=d&_where=e&_size=5&_odd__not=f"
-    assert query_about_rows(query) == "kind__exact=a&_search=d&_where=e&_odd__not=f"
 
 
 def test_a_long_history_stays_short() -> None:

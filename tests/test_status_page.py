@@ -14,6 +14,7 @@ from datasette.database import Database
 from datasette_llm import LLM, Purpose
 from datasette_llm.pace.policy import PromptSettings
 from datasette_llm.pace.registry import get_throttle
+from datasette_llm.pages.status import live
 from datasette_llm.pages.status.live import MOST, read_live
 
 from .fakes import FakeModel, registered
@@ -61,6 +62,11 @@ async def read(datasette: Datasette, query: str = "") -> dict[str, Any]:
     response = await get(datasette, f"/-/llm.json{query}")
     assert response.status_code == 200
     return dict(response.json())
+
+
+@pytest.fixture(autouse=True)
+def _never_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "KEPT_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -262,3 +268,14 @@ async def test_looking_reads_no_database_but_for_the_permission(monkeypatch: pyt
     monkeypatch.setattr(Database, "execute", execute)
     await read(datasette, "?live=1")
     assert set(names) <= {datasette.get_internal_database().name}
+
+
+async def test_those_who_ask_within_a_second_share_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasette, other = site(), site()
+    monkeypatch.setattr(live, "KEPT_SECONDS", 3600.0)
+    first = live.latest(datasette)
+    get_throttle(None, "model-since", PromptSettings()).hour.ended("ok")
+    assert all(live.latest(datasette) is first for _ in range(10))
+    assert live.latest(other) is not first
+    monkeypatch.setattr(live, "KEPT_SECONDS", 0.0)
+    assert live.latest(datasette)["lanes"][0]["model"] == "model-since"

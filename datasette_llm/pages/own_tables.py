@@ -49,8 +49,12 @@ async def hidden_tables(datasette: Any, actor: dict[str, Any] | None) -> Permiss
 
 async def _catalog(datasette: Any) -> list[tuple[str, str]]:
     internal = datasette.get_internal_database()
-    known = await internal.execute("select database_name from catalog_databases")
-    if not set(datasette.databases) <= {row[0] for row in known.rows}:
+    # An older Datasette makes its catalog with the first page of its own.
+    known: set[str] = set()
+    if await internal.table_exists("catalog_databases"):
+        listed = await internal.execute("select database_name from catalog_databases")
+        known = {row[0] for row in listed.rows}
+    if not set(datasette.databases) <= known:
         await datasette.refresh_schemas()  # Nothing is known of a new database yet.
     found = await internal.execute("select database_name, table_name from catalog_tables")
     return [(row[0], row[1]) for row in found.rows]

@@ -6,6 +6,7 @@ Datasette looks for ``templates/`` and ``static/`` in the package that its entry
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pluggy import HookimplMarker
@@ -40,20 +41,31 @@ def startup(datasette: Datasette) -> None:
 @hookimpl(optionalhook=True)  # Datasette 1.0a40 and later
 def shutdown(datasette: Datasette) -> Any:
     """Let the prompts that are still running settle, and close the connections."""
+    return _end_all(datasette)
+
+
+async def _end_all(datasette: Datasette) -> None:
     from ..tasks.root import drain
 
-    async def end_all() -> None:
-        if "datasette_llm.pages.enrichments.runs" in sys.modules:
-            from ..pages.enrichments.runs import end_runs
+    if "datasette_llm.pages.enrichments.runs" in sys.modules:
+        from ..pages.enrichments.runs import end_runs
 
-            await end_runs(datasette)
-        if "datasette_llm.pages.jobs.live" in sys.modules:
-            from ..pages.jobs.live import end_jobs
+        await end_runs(datasette)
+    if "datasette_llm.pages.jobs.live" in sys.modules:
+        from ..pages.jobs.live import end_jobs
 
-            await end_jobs(datasette)
-        await drain()
+        await end_jobs(datasette)
+    await drain()
 
-    return end_all()
+
+@hookimpl
+def asgi_wrapper(datasette: Datasette) -> Any:
+    """Have the server's lifespan own jobs where Datasette owns no background tasks, and end them with it."""
+    from ..pages.jobs.owner import owns_tasks, with_lifespan
+
+    if owns_tasks(datasette):
+        return None
+    return lambda app: with_lifespan(datasette, app, partial(_end_all, datasette))
 
 
 @hookimpl

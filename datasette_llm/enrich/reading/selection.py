@@ -200,7 +200,11 @@ class Selection:
         sign = ">=" if included else ">"
         names, values = ", ".join(self.table.key), ", ".join(literal(value) for value in key)
         condition = f"{names} {sign} {values}" if len(key) == 1 else f"({names}) {sign} ({values})"
-        return f"({self.where}) and {condition}" if self.where else condition
+        if not self.where:
+            return condition
+        # The newline ends an SQL comment of the user's.
+        end = "\n" if "--" in self.where else ""
+        return f"({self.where}{end}) and {condition}"
 
     def _row(self, record: tuple[SQLValue, ...]) -> Row:
         width = len(self.table.key)

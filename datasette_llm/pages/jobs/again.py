@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...enrich.database import read
+from ...enrich.errors import EnrichInputError
 from ...enrich.reading.table import read_table
 from ...enrich.record.keys import noted_key_sql
 from ...enrich.record.tables import ANSWERS_TABLE
@@ -21,8 +22,15 @@ Again = Literal["go-on", "retry", "stale"]
 
 
 def spec_of(run: Mapping[str, Any], database: str, actor: dict[str, Any] | None) -> JobSpec:
-    """Return the job that a run did, for somebody who starts it now."""
+    """Return the job that a run did, for somebody who starts it now.
+
+    Raises:
+        EnrichInputError: it attached files. Which ones, the rows say: whoever may edit those must not have
+            this machine's files sent.
+    """
     spec = run["spec"] or {}
+    if spec.get("attachments"):
+        raise EnrichInputError("This run attached files to its prompts: go on with it with the command")
     return JobSpec(
         database=database,
         table=run["table"],

@@ -14,12 +14,25 @@ from urllib.parse import parse_qsl, urlencode
 from datasette.filters import Filters
 from datasette.plugins import pm
 from datasette.utils import await_me_maybe
+from datasette.utils.asgi import BadRequest
+
+from ...enrich.database import read
+from ...enrich.reading.selection import Selection
+from ...enrich.reading.table import ROWID_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-#: What begins with an underscore is about the page (how it is sorted, say), but for these.
-_ABOUT_ROWS = ("_search", "_where", "_through")
+    from ...enrich.reading.table import Table
+
+#: What Datasette can filter a column by.
+LOOKUPS = frozenset(key for key, *_ in Filters([]).lookups())
+
+#: What is about the page, not about its rows; other arguments that begin so may be filters of plugins.
+_ABOUT_THE_PAGE = re.compile(
+    r"_(sort|sort_desc|sort_by_desc|facet|facet_\w+|size|next|col|nocol|nofacet|nosuggest|nocount|labels?|json"
+    r"|json_infinity|shape|extra|stream|dl|header|blob_column|blob_hash|ttl|hash|timelimit|trace)"
+)
 
 #: A parameter; or what may contain something that looks like one: strings, names and comments.
 _TOKEN = re.compile(
@@ -47,7 +60,7 @@ def query_about_rows(query_string: str) -> str:
         [
             (name, value)
             for name, value in parse_qsl(query_string, keep_blank_values=True)
-            if _is_filter(name) or name.startswith(_ABOUT_ROWS)
+            if _is_filter(name) or not _ABOUT_THE_PAGE.fullmatch(name)
         ]
     )
 
@@ -56,18 +69,25 @@ async def read_filters(datasette: Any, request: Any, database: str, table: str) 
     """Return the rows that the arguments of a request name.
 
     Raises:
-        DatasetteError: this actor may not filter so, or there is no such filter.
+        DatasetteError: this actor may not filter so.
+        BadRequest: there is no such filter, or no such column (any more). Datasette may show all rows then,
+            which is no reason to pay for them.
     """
     pairs = [
         (name, value) for name in request.args if _is_filter(name) for value in request.args.getlist(name)
     ]
     filters = Filters(sorted(pairs))
+    known = await datasette.get_database(database).table_columns(table)
+    _check_selections(filters, [*known, *ROWID_NAMES])
     clauses, parameters = filters.build_where_clauses(table)
     words: list[str] = []
     for hook in pm.hook.filters_from_request(
         request=request, table=table, database=database, datasette=datasette
     ):
-        more = await await_me_maybe(hook)
+        try:
+            more = await await_me_maybe(hook)
+        except (ValueError, LookupError, TypeError) as error:  # ?_through= takes JSON, for one.
+            raise BadRequest(f"A filter in the address cannot be read: {error}") from None
         if more:
             clauses += more.where_clauses
             parameters.update(more.params)
@@ -75,13 +95,28 @@ async def read_filters(datasette: Any, request: Any, database: str, table: str) 
     if not clauses:
         return Filtered()
     words += [f"where {clause}" for clause in request.args.getlist("_where")]
-    where = " and ".join(_in_brackets(with_literals(clause, parameters)) for clause in clauses)
+    # Joined as the table's page joins them, without brackets: an "or" in one of them reaches as far there.
+    where = with_literals(" and ".join(clauses), parameters)
     return Filtered(where, filters.human_description_en(extra=words))
 
 
-def _in_brackets(clause: str) -> str:
-    # The newline ends an SQL comment of somebody's own condition.
-    return f"({clause}\n)" if "--" in clause else f"({clause})"
+def _check_selections(filters: Filters, columns: list[str]) -> None:
+    known = {column.lower() for column in columns}
+    for column, lookup, _ in filters.selections():
+        if column.lower() not in known:
+            raise BadRequest(f"The filter {column}__{lookup} is about no column of this table")
+        if lookup not in LOOKUPS:
+            raise BadRequest(f"There is no filter {lookup!r}, as in {column}__{lookup}")
+
+
+async def check_filtered(database: Any, table: Table, filtered: Filtered) -> None:
+    """Have SQLite read the condition.
+
+    Raises:
+        EnrichInputError: it is none that applies to this table.
+    """
+    if filtered.where is not None:
+        await read(database, Selection(table, (), where=filtered.where).check)
 
 
 def with_literals(sql: str, parameters: Mapping[str, Any]) -> str:

@@ -220,6 +220,13 @@ def _number(text: str, name: str, errors: dict[str, str], kind: Any) -> Any:
     return number
 
 
+async def prepare(datasette: Any) -> None:
+    """Look a model and its price up, so that the next one who does finds everything loaded."""
+    plan = get_plan(datasette, PURPOSE)
+    for model_id in plan.ids[:1]:
+        await find_pricing(plan.snapshot.get(model_id))
+
+
 async def _models(datasette: Any, actor: dict[str, Any] | None) -> list[Choice]:
     plan = None
     choices = []

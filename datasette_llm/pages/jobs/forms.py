@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,9 @@ from ...secrecy import redacted
 from . import is_possible, live
 from .again import spec_of
 from .counting import rows_in_words
-from .filters import Filtered, query_about_rows, read_filters
+from .filters import Filtered, check_filtered, query_about_rows, read_filters
 from .form import check, open_form, values_of
-from .paths import form_path, job_path
+from .paths import database_at, form_path, job_path
 from .rights import check_may_start
 from .story import find_run
 
@@ -35,17 +36,23 @@ TRY_SECONDS = 120.0
 
 async def form_page(datasette: Any, request: Any) -> Any:
     """Answer with the form; one that is sent, with what came of it."""
-    database = datasette.get_database(route=tilde_decode(request.url_vars["database"])).name
-    table = tilde_decode(request.url_vars["table"])
+    found = database_at(datasette, request)
+    database, table = found.name, tilde_decode(request.url_vars["table"])
     visitor = await check_may_start(datasette, request.actor, database, table)
+    if not (await found.table_exists(table) or table in await found.view_names()):
+        raise NotFound("There is no such table")
     if not is_possible(datasette):
-        raise BadRequest("Jobs in the browser need Datasette 1.0a40 or newer: upgrade it, or use the command")
+        raise BadRequest(
+            "Nothing here can own a job: serve this Datasette with ASGI's lifespan, upgrade it to 1.0a40 or "
+            "newer, or use the command"
+        )
     filtered, values = await _asked(datasette, request, database, table)
     sent = request.method == "POST"
     if sent:
         values = dict(await request.post_vars())
     try:
         form = await open_form(datasette, request.actor, database, table, values)
+        await check_filtered(find_database(datasette, database), form.table, filtered)
     except EnrichInputError as error:
         raise BadRequest(str(error)) from None
     shown: dict[str, Any] = {}
@@ -68,10 +75,14 @@ async def _asked(datasette: Any, request: Any, database: str, table: str) -> tup
     number = request.args.get("_run")
     if number is None:
         return await read_filters(datasette, request, database, table), {}
-    run = await find_run(datasette.get_database(database), int(number)) if number.isdigit() else None
+    known = re.fullmatch("[0-9]{1,15}", number)
+    run = await find_run(datasette.get_database(database), int(number)) if known else None
     if run is None or run["table"] != table:
         raise NotFound(f"No run {number} of this table is on record")
-    spec = spec_of(run, database, request.actor)
+    try:
+        spec = spec_of(run, database, request.actor)
+    except EnrichInputError as error:
+        raise BadRequest(str(error)) from None
     return Filtered(spec.where, spec.where or ""), values_of(spec, run)
 
 

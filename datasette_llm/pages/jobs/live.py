@@ -1,4 +1,4 @@
-"""The jobs that this server runs, each as a background task of it.
+"""The jobs that this server runs, each as a task of it.
 
 A `LiveJob` is under way from `start` until its job has ended; then it is kept for a while, with what the
 record does not tell: its last answers and how it went over time. When the server stops, jobs under way are
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from contextvars import Context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -23,6 +22,7 @@ from ...enrich.job import EnrichJob
 from ...errors import ModelNotFoundError
 from ...secrecy import redacted
 from .chart import History
+from .owner import start_task
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -187,8 +187,7 @@ async def start(datasette: Any, spec: JobSpec) -> LiveJob:
     async def run(datasette: Any) -> None:
         await live.run()
 
-    # In a context of its own: it outlives the request, whose context variables must not.
-    Context().run(datasette.add_background_task, run, name=f"datasette-llm: {spec.database}/{spec.table}")
+    start_task(datasette, run, f"datasette-llm: {spec.database}/{spec.table}")
     await live.begun.wait()
     return live
 

@@ -8,6 +8,7 @@ from ...enrich.reading.table import OWN_PREFIX
 from ...enrich.record.tables import RUNS_TABLE
 from . import is_possible
 from .filters import query_about_rows
+from .loading import load_form_soon
 from .paths import form_path, jobs_path
 from .rights import may_start
 
@@ -20,6 +21,7 @@ async def of_table(
         return []
     if await may_start(datasette, actor, database, table) is None:
         return []
+    load_form_soon(datasette)
     query = query_about_rows(request.query_string or "") if request is not None else ""
     path = form_path(datasette, database, table)
     return [

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from datasette.utils import tilde_encode
+from datasette.utils import tilde_decode, tilde_encode
+from datasette.utils.asgi import NotFound
+
+
+def database_at(datasette: Any, request: Any) -> Any:
+    """Return the database that an address names.
+
+    Raises:
+        NotFound: there is none.
+    """
+    try:
+        return datasette.get_database(route=tilde_decode(request.url_vars["database"]))
+    except KeyError:
+        raise NotFound("There is no such database") from None
 
 
 def jobs_path(datasette: Any, database: str) -> str:

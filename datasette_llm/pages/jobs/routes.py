@@ -47,6 +47,6 @@ async def _act(datasette: Any, request: Any) -> Any:
 
 
 async def _form(datasette: Any, request: Any) -> Any:
-    from .forms import form_page
+    from .loading import load_form
 
-    return await form_page(datasette, request)
+    return await (await load_form()).form_page(datasette, request)

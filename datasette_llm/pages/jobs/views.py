@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from datasette.utils import tilde_decode
 from datasette.utils.asgi import NotFound, Response
 
 from ...enrich.errors import EnrichError
@@ -12,7 +11,7 @@ from ...errors import ModelNotFoundError
 from ...secrecy import redacted
 from . import is_possible, live
 from .again import spec_again
-from .paths import form_path, job_path
+from .paths import database_at, form_path, job_path
 from .rights import check_may_see, check_may_start, may_see, may_start
 from .story import asked_in_words, find_run, list_jobs, page_of, tell
 
@@ -26,7 +25,7 @@ _PRIVATE = {"cache-control": "private, no-store"}
 
 async def list_page(datasette: Any, request: Any) -> Any:
     """Answer with the latest jobs of a database that this actor may see."""
-    database = _database(datasette, request)
+    database = database_at(datasette, request)
     seen: dict[str, bool] = {}
     shown = []
     for job in await list_jobs(datasette, database):
@@ -106,18 +105,14 @@ async def _page(
     return Response.html(page, status=status, headers=_PRIVATE)
 
 
-def _database(datasette: Any, request: Any) -> Any:
-    return datasette.get_database(route=tilde_decode(request.url_vars["database"]))
-
-
 async def seen_run(datasette: Any, request: Any) -> tuple[Any, dict[str, Any]]:
     """Return the run that an address names, and its database.
 
     Raises:
-        NotFound: there is none.
+        NotFound: there is none, or no such database.
         Forbidden: this actor may not see it.
     """
-    database = _database(datasette, request)
+    database = database_at(datasette, request)
     run = await find_run(database, int(request.url_vars["number"]))
     if run is None:
         raise NotFound("No such job is on record")

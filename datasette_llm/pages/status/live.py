@@ -6,8 +6,13 @@ anyway, so that a page that is open in many browsers costs jobs nothing.
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import anyio
+from anyio.lowlevel import RunVar
 
 from ...pace.registry import throttles_here
 from ...pace.state import state_of
@@ -23,12 +28,31 @@ if TYPE_CHECKING:
 
 #: So many lanes and groups are told.
 MOST = 50
+#: Those who ask often get what somebody else was told in this time.
+KEPT_SECONDS = 1.0
 #: What stands for the name of a key where a model needs none.
 NO_KEY = "no key"
 
 
+_latest: RunVar[WeakKeyDictionary[Datasette, tuple[float, dict[str, Any]]]] = RunVar("datasette_llm_status")
+
+
+def latest(datasette: Datasette) -> dict[str, Any]:
+    """Return how things stood within the last second: the same for all who ask, and not to be changed."""
+    kept = _latest.get(None)
+    if kept is None:
+        kept = WeakKeyDictionary()
+        _latest.set(kept)
+    now = anyio.current_time()
+    known = kept.get(datasette)
+    if known is None or now - known[0] >= KEPT_SECONDS:
+        known = kept[datasette] = (now, read_live(datasette))
+    return known[1]
+
+
 def read_live(datasette: Datasette) -> dict[str, Any]:
     """Return how things stand now."""
+    generated_at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     # Those that are busy first, then those that were used last.
     throttles = throttles_here()[::-1]
     throttles.sort(key=lambda throttle: throttle.in_use + throttle.waiting, reverse=True)
@@ -40,6 +64,7 @@ def read_live(datasette: Datasette) -> dict[str, Any]:
             minutes[ago].add(tally)
             total.add(tally)
     return {
+        "generated_at": generated_at,
         "lanes": [_lane(throttle) for throttle in throttles[:MOST]],
         "lanes_not_shown": max(0, len(throttles) - MOST),
         "groups": [_group(group) for group in groups[:MOST]],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from typing import TYPE_CHECKING, Any
 
 from datasette.utils.asgi import Forbidden, Response
@@ -82,11 +81,9 @@ async def _rendered(datasette: Any, request: Any, **context: Any) -> Any:
 
 async def _live(datasette: Any, actor: dict[str, Any] | None) -> dict[str, Any]:
     from .jobs import read_jobs
-    from .live import read_live
+    from .live import latest
 
-    now = datetime.datetime.now(datetime.timezone.utc)
-    jobs = await read_jobs(datasette, actor)
-    return {"generated_at": now.isoformat(timespec="seconds"), **jobs, **read_live(datasette)}
+    return {**await read_jobs(datasette, actor), **latest(datasette)}
 
 
 def _private(response: Any) -> Any:

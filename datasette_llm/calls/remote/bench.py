@@ -33,6 +33,7 @@ logger = logging.getLogger("datasette_llm")
 
 #: Seconds without a word after which whoever asked is taken for gone.
 LEASE_SECONDS = 5.0
+LOOKS = 10
 #: How long a poll waits for a result; half of that and the lease is renewed in time.
 POLL_SECONDS = 1.0
 #: With so many calls running, a poll waits a moment for other results to go along.
@@ -65,7 +66,7 @@ class Bench:
     def __init__(self, lease: float = LEASE_SECONDS) -> None:
         self._lease = lease
         self._clock = loop_clock()
-        self._heard = self._clock()
+        self._quiet = 0
         self._calls: dict[int, _Call] = {}
         self._models: dict[tuple[str, str | None], Any] = {}
         self._keys: dict[str, str] = {}
@@ -83,7 +84,7 @@ class Bench:
         try:
             async with anyio.create_task_group() as tasks:
                 self._tasks = tasks
-                self._heard = self._clock()
+                self._quiet = 0
                 task_status.started()
                 with anyio.CancelScope() as watching:
                     tasks.start_soon(self._end_with, watching)
@@ -101,10 +102,10 @@ class Bench:
             await self._pool.aclose()
 
     async def _lease_is_over(self) -> None:
-        left = self._lease
-        while left > 0:
-            await anyio.sleep(left)
-            left = self._heard + self._lease - self._clock()
+        # Counted in looks: a process that stood still has not listened, and finds the words waiting for it.
+        while self._quiet < LOOKS:
+            await anyio.sleep(self._lease / LOOKS)
+            self._quiet += 1
 
     async def _end_with(self, scope: anyio.CancelScope) -> None:
         await self._ended.wait()
@@ -132,12 +133,12 @@ class Bench:
             keep_secret(value)
             self._keys[reference] = value
         # Loading llm's plugins may have taken seconds.
-        self._heard = self._clock()
+        self._quiet = 0
         return packed(told)
 
     def take(self, content: bytes) -> None:
         """Begin the calls of a parcel, and cancel those it names."""
-        self._heard = self._clock()
+        self._quiet = 0
         parcel = unpacked(content)
         for number, asked in parcel.get("calls", ()):
             # One that comes a second time was lost on the way back, not on the way here.
@@ -156,7 +157,7 @@ class Bench:
         Args:
             acknowledged: the number of the last batch that arrived; one that did not is returned again.
         """
-        self._heard = self._clock()
+        self._quiet = 0
         if acknowledged < self._batch and self._unacknowledged:
             return self._told()
         self._unacknowledged = []
@@ -165,7 +166,7 @@ class Bench:
                 await self._stirred.wait()
         if len(self._calls) >= BUSY:
             await anyio.sleep(MOMENT_SECONDS)
-        self._heard = self._clock()
+        self._quiet = 0
         self._stirred = anyio.Event()
         if self._ready:
             self._batch += 1

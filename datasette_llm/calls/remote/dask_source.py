@@ -1,25 +1,33 @@
-"""Workers of a Dask scheduler: who is there, and an actor in each."""
+"""Workers of a Dask scheduler: who is there, and a bench in each."""
 
 from __future__ import annotations
 
 import ipaddress
 import logging
+import pickle
 import secrets
 import sys
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from .dask_actor import BenchActor
+from .bench import POLL_SECONDS
+from .dask_actor import OPERATION, open_bench
+from .line import UnfitWorker
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterator
 
 
 logger = logging.getLogger("datasette_llm")
 
-#: How long it may take to reach the scheduler, in seconds.
-CONNECT_SECONDS = 5.0
+#: How long it may take to reach the scheduler or a worker, in seconds. Dask gives each try a fifth of it.
+CONNECT_SECONDS = 15.0
+#: How long an answer may take that is there already.
+ANSWER_SECONDS = 10.0
+#: How long a worker may take that has to import this package and llm's plugins first.
+OPEN_SECONDS = 60.0
 CLOSE_SECONDS = 2.0
 
 
@@ -39,105 +47,127 @@ def load_distributed() -> Any:
 
 
 class DaskSource:
-    """The workers of a scheduler; connects again when that was away.
+    """The workers of a scheduler. A question makes its own connection where there is none, so that no broken
+    one leaves anything half made behind.
 
     Args:
         address: the scheduler's.
-        security: a ``distributed.Security``, or ``None``.
+        security: a ``distributed.Security``; by default the one of Dask's configuration.
     """
 
     def __init__(self, address: str, security: Any = None) -> None:
+        distributed = load_distributed()
         self._address = address
-        self._security = security
-        self._client: Any = None
+        self._connection = (security or distributed.Security()).get_connection_args("client")
+        self._scheduler = self._rpc(address)
+
+    def _rpc(self, address: str) -> Any:
+        distributed = load_distributed()
+        return distributed.rpc(address, timeout=CONNECT_SECONDS, connection_args=self._connection)
 
     async def addresses(self) -> Collection[str]:
         """Return the workers that the scheduler knows.
 
         Raises:
-            OSError: it cannot be reached.
+            OSError: it cannot be reached, or does not answer.
         """
-        client: Any = await self._connected()
-        return list(await client.scheduler.ncores())
-
-    async def _connected(self) -> Any:
-        distributed = load_distributed()
-        if self._client is not None and self._client.status != "running":
-            await self.aclose()
-        if self._client is None:
-            self._client = await distributed.Client(
-                self._address,
-                security=self._security,
-                asynchronous=True,
-                direct_to_workers=True,
-                set_as_default=False,
-                timeout=CONNECT_SECONDS,
-                name="datasette-llm",
-            )
-        return self._client
+        with _answer_within(CONNECT_SECONDS + ANSWER_SECONDS, f"the scheduler {self._address}"):
+            return list(await self._scheduler.ncores())
 
     async def connect(self, address: str) -> DaskLink:
-        """Make an actor in a worker."""
-        client = await self._connected()
-        key = f"datasette-llm-{secrets.token_hex(6)}"
-        future = client.submit(
-            BenchActor, actor=True, workers=[address], allow_other_workers=False, pure=False, key=key
-        )
-        await future
-        return DaskLink(client.rpc(address), future, private=is_private(address))
+        """Begin to work with a worker.
+
+        Raises:
+            UnfitWorker: it cannot work for this one.
+            OSError: it cannot be reached, or does not answer.
+        """
+        link = DaskLink(self._rpc(address), address)
+        try:
+            await link.open()
+        except BaseException:
+            await link.let_go()
+            raise
+        return link
 
     async def aclose(self) -> None:
         """Let go of the scheduler. Never raises, never hangs."""
-        client, self._client = self._client, None
-        if client is None:
-            return
-        with anyio.move_on_after(CLOSE_SECONDS, shield=True):
-            try:
-                await client.close(CLOSE_SECONDS)
-            except Exception as error:
-                logger.debug("A scheduler was left as it is: %s", error)
+        await _let_go(self._scheduler)
 
 
 class DaskLink:
-    """Carries bytes to the actor in one worker, and back.
+    """Carries bytes to the bench in one worker, and back.
 
-    Dask's own stand-in for an actor makes a future and a callback of each call, and may go by way of the
-    scheduler; this asks the worker.
+    It asks the worker itself: the scheduler knows of no call, and needs none of this package.
+
+    Attributes:
+        private: whether nobody else can read what it carries.
     """
 
-    def __init__(self, rpc: Any, future: Any, *, private: bool) -> None:
-        from distributed.protocol.serialize import to_serialize
-
+    def __init__(self, rpc: Any, address: str) -> None:
         self._rpc = rpc
-        self._future = future
-        self._sent_as: Any = to_serialize
-        self.private = private
+        self._address = address
+        self._key = secrets.token_hex(16)
+        self.private = is_private(address)
 
-    async def _call(self, method: str, *arguments: Any) -> Any:
-        answer = await self._rpc.actor_execute(
-            function=method,
-            actor=self._future.key,
-            args=[self._sent_as(argument) for argument in arguments],
-            kwargs={},
-        )
+    async def open(self) -> None:
+        """Have the worker make a bench.
+
+        Raises:
+            UnfitWorker: it has no such thing.
+        """
+        try:
+            with _answer_within(OPEN_SECONDS, f"the worker {self._address}"):
+                answer = await self._rpc.run(
+                    function=pickle.dumps(open_bench), args=pickle.dumps((self._key,)), wait=True
+                )
+        except (ImportError, AttributeError) as error:
+            raise UnfitWorker(f"it has no datasette-llm that can work with this one ({error})") from error
         if answer["status"] != "OK":
             raise answer["exception"]
-        return answer["result"]
+
+    async def _call(self, seconds: float, method: str, *arguments: Any) -> bytes:
+        with _answer_within(seconds, f"the worker {self._address}"):
+            answer = await getattr(self._rpc, OPERATION)(
+                bench=self._key, method=method, arguments=list(arguments)
+            )
+        return bytes(answer)
 
     async def ask(self, request: bytes) -> bytes:
-        return bytes(await self._call("ask", request))
+        return await self._call(OPEN_SECONDS, "ask", request)
 
     async def send(self, parcel: bytes) -> None:
-        await self._call("send", parcel)
+        await self._call(CONNECT_SECONDS + ANSWER_SECONDS, "send", parcel)
 
     async def poll(self, acknowledged: int) -> bytes:
-        return bytes(await self._call("poll", acknowledged))
+        return await self._call(CONNECT_SECONDS + POLL_SECONDS + ANSWER_SECONDS, "poll", acknowledged)
 
     async def aclose(self) -> None:
         try:
-            await self._call("end")
+            await self._call(CLOSE_SECONDS, "end")
         finally:
-            self._future.release()
+            await self.let_go()
+
+    async def let_go(self) -> None:
+        """Close the connections. Never raises, never hangs."""
+        await _let_go(self._rpc)
+
+
+async def _let_go(rpc: Any) -> None:
+    with anyio.move_on_after(CLOSE_SECONDS, shield=True):
+        try:
+            await rpc.close_rpc()
+        except Exception as error:
+            logger.debug("A connection of Dask was left as it is: %s", error)
+
+
+@contextmanager
+def _answer_within(seconds: float, who: str) -> Iterator[None]:
+    """Bound what waits for somebody, who is named when it took too long."""
+    try:
+        with anyio.fail_after(seconds):
+            yield
+    except TimeoutError as error:
+        raise ConnectionError(f"{who} did not answer within {seconds:g} seconds") from error
 
 
 def is_private(address: str) -> bool:

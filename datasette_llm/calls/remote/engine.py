@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: How long the first local process may take to start, in seconds: one where others leave it room.
 START_SECONDS = 300.0
+#: How long the thread may take to begin: it makes certificates, and the scheduler of local processes.
+BEGIN_SECONDS = 120.0
 #: How long the thread may take to end, in seconds, when the process does.
 END_SECONDS = 5.0
 
@@ -111,9 +113,13 @@ class Engine:
         Raises:
             WorkersError: it does not, for the reason it tells.
         """
-        await anyio.to_thread.run_sync(self._started.wait, abandon_on_cancel=True)
+        there = await anyio.to_thread.run_sync(self._started.wait, BEGIN_SECONDS, abandon_on_cancel=True)
         if self._error is not None:
             raise WorkersError(f"workers cannot be started: {self._error}") from self._error
+        if not there:
+            raise WorkersError(
+                f"workers cannot be started: nothing came of it within {BEGIN_SECONDS:g} seconds"
+            )
 
     def start(self) -> None:
         self._thread.start()

@@ -18,7 +18,7 @@ import anyio
 from ...backends.loops import LoopDoor, loop_clock
 from ...errors import NoWorkers, WorkersError
 from ..workers import TIMEOUT_SECONDS
-from .line import Line
+from .line import Line, UnfitWorker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -48,10 +48,20 @@ class Source(Protocol):
     """Where workers come from."""
 
     async def addresses(self) -> Collection[str]:
-        """Return who is there now. Raises when nobody knows."""
+        """Return who is there now.
+
+        Raises:
+            WorkersError: there will never be one.
+            Exception: nobody knows just now.
+        """
 
     async def connect(self, address: str) -> Link:
-        """Begin to work with a worker."""
+        """Begin to work with a worker.
+
+        Raises:
+            UnfitWorker: it cannot work for this one.
+            Exception: it cannot be reached.
+        """
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,11 @@ class Figures:
     again: int
 
 
+def in_a_line(error: Exception) -> str:
+    """Return an error's words as one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class Fleet:
     """Workers, and the calls they have.
 
@@ -92,9 +107,14 @@ class Fleet:
         self._door: LoopDoor | None = None
         self._source: Source | None = None
         self._connecting: set[str] = set()
+        self._present: set[str] | None = None
         self._unfit: dict[str, str] = {}
+        self._unreached: dict[str, str] = {}
         self._models: dict[str, Mapping[str, Any]] = {}
         self._waiting_since: float | None = None
+        self._waiting_to_begin: set[Readiness] = set()
+        self._hopeless: WorkersError | None = None
+        self._over = False
         self._looked = anyio.Event()
         self._trouble: str | None = "the scheduler has not answered"
         self._prompts: dict[str, int] = {}
@@ -118,14 +138,21 @@ class Fleet:
     def tell(self, what: Callable[[], object]) -> None:
         """Have the fleet's loop call a function soon, together with what else it is told."""
         self._inbox.append(what)
-        if not self._told and self._door is not None:
+        if self._over:
+            # No loop hears of it any more: whoever tells it is told that at once.
+            self._hear()
+        elif not self._told and self._door is not None:
             self._told = True
             self._door.call_soon(self._hear)
 
     def _hear(self) -> None:
         self._told = False
         while self._inbox:
-            self._inbox.popleft()()
+            try:
+                what = self._inbox.popleft()
+            except IndexError:  # another thread was told of it
+                return
+            what()
 
     # On the fleet's own loop
 
@@ -133,35 +160,59 @@ class Fleet:
         """Look after the workers until cancelled."""
         self._clock = loop_clock()
         self._source = source
-        async with anyio.create_task_group() as self._tasks:
-            self._door = LoopDoor()
-            self._hear()
-            if started is not None:
-                started()
-            try:
-                while True:
-                    await self._look()
-                    await anyio.sleep(LOOK_SECONDS)
-            finally:
-                self._closing = True
-
-    async def _look(self) -> None:
-        assert self._source is not None
         try:
-            with anyio.fail_after(LOOK_SECONDS * 10):
-                present = set(await self._source.addresses())
-            self._trouble = None
-        except Exception as error:
-            # The workers that are there go on while they answer.
-            self._trouble = " ".join(str(error).split()) or type(error).__name__
-            present = set(self.lines)
+            async with anyio.create_task_group() as self._tasks:
+                self._door = LoopDoor()
+                self._hear()
+                if started is not None:
+                    started()
+                try:
+                    self._tasks.start_soon(self._ask_who_is_there)
+                    while True:
+                        await anyio.sleep(LOOK_SECONDS)
+                        self._look()
+                finally:
+                    self._closing = True
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        """Have everybody who still waits hear that nothing will come."""
+        self._closing = self._over = True
+        self._hopeless = self._hopeless or WorkersError("the workers have ended")
+        self._hear()
+        for readiness in self._waiting_to_begin:
+            readiness.refuse(self._hopeless)
+        waiting, self._queue = self._queue, deque()
+        for call in waiting:
+            call.fail(self._hopeless)
+
+    async def _ask_who_is_there(self) -> None:
+        """Ask again and again: on its own, since a scheduler may take its time over an answer."""
+        assert self._source is not None
+        while True:
+            try:
+                self._present = set(await self._source.addresses())
+                self._trouble = None
+            except WorkersError as error:
+                self._hopeless = error
+            except Exception as error:
+                # The workers that are there go on while they answer.
+                self._trouble, self._present = in_a_line(error), None
+            self._look()
+            await anyio.sleep(LOOK_SECONDS)
+
+    def _look(self) -> None:
+        present = set(self.lines) if self._present is None else self._present
         for address, line in list(self.lines.items()):
-            if address not in present or line.silent:
+            if address not in present:
                 line.give_up()
         for address in present - self.lines.keys() - self._connecting - self._unfit.keys():
             self._connecting.add(address)
             self._tasks.start_soon(self._work_with, address)
-        self._unfit = {address: why for address, why in self._unfit.items() if address in present}
+        for told in (self._unfit, self._unreached):
+            for address in told.keys() - present:
+                del told[address]
         self._look_at_the_queue()
         looked, self._looked = self._looked, anyio.Event()
         looked.set()
@@ -174,8 +225,8 @@ class Fleet:
         if self._waiting_since is None:
             self._waiting_since = now
             logger.warning("No worker is there: %d prompts wait for one", len(self._queue))
-        if now - self._waiting_since >= self.timeout:
-            error = self.nobody(now - self._waiting_since)
+        if now - self._waiting_since >= self.timeout or self._hopeless is not None:
+            error = self._hopeless or self.nobody(now - self._waiting_since)
             waiting, self._queue = self._queue, deque()
             self._waiting_since = None
             for call in waiting:
@@ -189,33 +240,26 @@ class Fleet:
         elif refused := [(line.address, why) for line in self.lines.values() for why in line.unfit.values()]:
             what = "worker {}: {}".format(*refused[0])
         else:
-            what = self._trouble or "the scheduler has none"
+            what = self._trouble or next(iter(self._unreached.values()), "the scheduler has none")
         return NoWorkers(None, what, seconds, reached=bool(self._prompts))
 
     async def _work_with(self, address: str) -> None:
         assert self._source is not None
-        line: Line | None = None
         try:
-            with anyio.move_on_after(self.timeout):
-                link = await self._source.connect(address)
-                line = Line(address, link, self)
-                unfit = await line.greet()
-                if unfit is not None:
-                    self._unfit[address] = unfit
-                    logger.warning("The worker %s cannot be used: %s", address, unfit)
-                    await line.say_goodbye()
-                    return
-                for model in self._models.values():
-                    await line.check(model)
+            line = await self._greeted(address)
+        except UnfitWorker as error:
+            self._unfit[address] = str(error)
+            logger.warning("The worker %s cannot be used: %s", address, error)
+            return
         except Exception as error:
             logger.debug("No connection to the worker %s: %s", address, error)
+            self._unreached[address] = in_a_line(error)
             await anyio.sleep(RETRY_SECONDS)
             return
         finally:
             self._connecting.discard(address)
-        if line is None:
-            return
         self.lines[address] = line
+        self._unreached.pop(address, None)
         self._prompts.setdefault(address, 0)
         while self._queue and self._fits(line, self._queue[0]):
             self.submit(self._queue.popleft())
@@ -230,6 +274,20 @@ class Fleet:
                 logger.warning("The worker %s is gone; %d prompts go to another one", address, len(left))
             for call in left:
                 self._lost_its_worker(call, address)
+
+    async def _greeted(self, address: str) -> Line:
+        assert self._source is not None
+        line = Line(address, await self._source.connect(address), self)
+        try:
+            unfit = await line.greet()
+            if unfit is not None:
+                raise UnfitWorker(unfit)
+            for model in self._models.values():
+                await line.check(model)
+        except BaseException:
+            await line.say_goodbye()
+            raise
+        return line
 
     def _lost_its_worker(self, call: Call, address: str) -> None:
         call.deaths += 1
@@ -246,6 +304,9 @@ class Fleet:
     def submit(self, call: Call) -> None:
         """Give a call to the worker that has the fewest, or let it wait for one."""
         if call.over:
+            return
+        if self._over:
+            call.fail(self._hopeless or WorkersError("the workers have ended"))
             return
         best: Line | None = None
         for line in self.lines.values():
@@ -274,21 +335,31 @@ class Fleet:
 
     def prepare(self, readiness: Readiness) -> None:
         """See that calls to a model can be made, and tell when that is known."""
+        if self._over:
+            readiness.refuse(self._hopeless or WorkersError("the workers have ended"))
+            return
         self._models[readiness.model["id"]] = readiness.model
+        self._waiting_to_begin.add(readiness)
         self._tasks.start_soon(self._prepare, readiness)
 
     async def _prepare(self, readiness: Readiness) -> None:
         began = self._clock()
-        while not self.lines:
-            if self._unfit and not self._connecting:
-                readiness.refuse(WorkersError(str(self.nobody(0.0).what)))
-                return
-            if self._clock() - began >= self._start:
-                readiness.refuse(self.nobody(self._clock() - began))
-                return
-            with anyio.move_on_after(max(0.0, began + self._start - self._clock())):
-                await self._looked.wait()
+        try:
+            while not await self._is_decided(readiness):
+                left = began + self._start - self._clock()
+                if left <= 0:
+                    readiness.refuse(self.nobody(self._clock() - began))
+                    return
+                with anyio.move_on_after(left):
+                    await self._looked.wait()
+        finally:
+            if not self._closing:
+                self._waiting_to_begin.discard(readiness)
+
+    async def _is_decided(self, readiness: Readiness) -> bool:
+        """Ask the workers that are there. One that does not answer says nothing about the others."""
         differences: list[str] = []
+        fit = False
         for line in list(self.lines.values()):
             try:
                 why = await line.check(readiness.model)
@@ -296,12 +367,21 @@ class Fleet:
                     why = await line.offer(readiness.key)
             except Exception as error:
                 logger.debug("The worker %s did not answer: %s", line.address, error)
+                line.give_up()
                 continue
+            fit = fit or why is None
             if why is not None:
                 differences.append(f"worker {line.address}: {why}")
-        if differences and len(differences) >= len(self.lines):
+        if fit:
+            for difference in differences:
+                logger.warning("Not used for %s: %s", readiness.model["id"], difference)
+            readiness.accept()
+        elif differences:
             readiness.refuse(WorkersError("; ".join(differences[:3])))
-            return
-        for difference in differences:
-            logger.warning("Not used for %s: %s", readiness.model["id"], difference)
-        readiness.accept()
+        elif self._hopeless is not None:
+            readiness.refuse(self._hopeless)
+        elif self._unfit and not self._connecting and not self.lines:
+            readiness.refuse(WorkersError(str(self.nobody(0.0).what)))
+        else:
+            return False
+        return True

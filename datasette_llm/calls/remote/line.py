@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 
-from ...backends.loops import loop_clock
 from . import identity
 from .bench import BUSY, LEASE_SECONDS
 from .questions import packed, unpacked
@@ -24,7 +23,13 @@ logger = logging.getLogger("datasette_llm")
 SILENCE_SECONDS = LEASE_SECONDS + 1.0
 #: With so many calls in flight, what is sent waits a moment for more to go along.
 MOMENT_SECONDS = 0.002
+#: Silence is counted in looks so far apart: a process that stood still itself has not listened.
+LOOK_SECONDS = 0.5
 GOODBYE_SECONDS = 1.0
+
+
+class UnfitWorker(Exception):
+    """A worker that cannot work for this coordinator, now or later."""
 
 
 class Link(Protocol):
@@ -71,8 +76,7 @@ class Line:
         self.ended = False
         self._link = link
         self._client = client
-        self._clock = loop_clock()
-        self._heard = self._clock()
+        self._quiet = 0
         self._number = 0
         self._parcel: list[tuple[int, Call]] = []
         self._cancelled: list[int] = []
@@ -80,11 +84,6 @@ class Line:
         self._scope = anyio.CancelScope()
         self._checked: set[str] = set()
         self._keys: dict[str, str | None] = {}
-
-    @property
-    def silent(self) -> bool:
-        """Whether it has not answered for longer than it ever takes."""
-        return self._clock() - self._heard > SILENCE_SECONDS
 
     async def greet(self) -> str | None:
         """Ask who it is. Returns why it cannot be used, if so."""
@@ -116,20 +115,28 @@ class Line:
 
     async def _ask(self, request: dict[str, Any]) -> Any:
         answer = unpacked(await self._link.ask(packed(request)))
-        self._heard = self._clock()
+        self._quiet = 0
         return answer
 
     async def run(self) -> None:
         """Send calls and receive what comes of them, until it is gone, given up or ended."""
-        self._heard = self._clock()
+        self._quiet = 0
         try:
             with self._scope:
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(self._send)
                     tasks.start_soon(self._receive)
+                    tasks.start_soon(self._watch)
         finally:
             self.closing = True
             await self.say_goodbye()
+
+    async def _watch(self) -> None:
+        while self._quiet * LOOK_SECONDS < SILENCE_SECONDS:
+            await anyio.sleep(LOOK_SECONDS)
+            self._quiet += 1
+        logger.debug("The worker %s has said nothing for %g seconds", self.address, SILENCE_SECONDS)
+        self.give_up()
 
     async def say_goodbye(self) -> None:
         """Let go of it. Never raises, never hangs."""
@@ -217,7 +224,7 @@ class Line:
                 logger.debug("The worker %s does not answer: %s", self.address, error)
                 self.give_up()
                 return
-            self._heard = self._clock()
+            self._quiet = 0
             told = unpacked(content)
             if told["batch"] > batch:
                 batch = told["batch"]

@@ -13,58 +13,97 @@ import logging
 import os
 import subprocess
 import sys
-import time
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from ...errors import WorkersError
 from .dask_source import DaskSource, load_distributed
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable, Collection
 
 logger = logging.getLogger("datasette_llm")
 
 #: Seconds between two looks at the processes.
 LOOK_SECONDS = 0.25
-#: A process that lives shorter than this did not start.
-START_SECONDS = 5.0
-#: So many in a row that did not start are enough.
+#: A process that the scheduler does not know after this is started again: llm's plugins are imported first.
+REGISTER_SECONDS = 90.0
+#: So many in a row that did not come to work are enough.
 MOST_FAILURES = 3
+SCHEDULER_SECONDS = 60.0
 CLOSE_SECONDS = 3.0
 
 
-class LocalProcesses:
-    """So many worker processes, each started again when it ends."""
+@dataclass(eq=False)
+class _Process:
+    popen: subprocess.Popen[bytes]
+    came: bool = False
+    #: Counted, not timed: a machine that stands still does not age it.
+    looks: int = 0
 
-    def __init__(self, count: int, told: dict[str, Any]) -> None:
+
+class LocalProcesses:
+    """So many worker processes, each started again when it ends, or when it does not come to work.
+
+    Args:
+        count: how many.
+        told: what each is told on its standard input.
+        registered: returns the process ids of those that the scheduler knows.
+
+    Attributes:
+        trouble: why there will be none, once that is clear.
+    """
+
+    def __init__(
+        self, count: int, told: dict[str, Any], registered: Callable[[], Collection[int]] = tuple
+    ) -> None:
+        self.trouble: str | None = None
         self._told = json.dumps(told).encode() + b"\n"
-        self._processes: list[tuple[subprocess.Popen[bytes], float]] = []
+        self._processes: list[_Process] = []
         self._count = count
+        self._registered = registered
         self._failures = 0
 
     async def run(self) -> None:
         """Look after them until cancelled; then none is left."""
         try:
             while True:
-                self._look()
+                self.look()
                 await anyio.sleep(LOOK_SECONDS)
         finally:
             self._end()
 
-    def _look(self) -> None:
-        now = time.monotonic()
+    def look(self) -> None:
+        """Count those that ended or did not come, and start others in their place."""
+        known = set(self._registered())
         for each in list(self._processes):
-            process, began = each
-            if process.poll() is not None:
-                self._processes.remove(each)
-                _close(process)
-                self._failures = self._failures + 1 if now - began < START_SECONDS else 0
-                if self._failures == MOST_FAILURES:
-                    logger.error("Local workers do not start: exit status %s", process.returncode)
-        while len(self._processes) < self._count and self._failures < MOST_FAILURES:
-            self._processes.append((self._start(), now))
+            each.came = each.came or each.popen.pid in known
+            why = self._over(each)
+            if why is None:
+                continue
+            self._processes.remove(each)
+            _close(each.popen)
+            self._failures = 0 if each.came else self._failures + 1
+            if not each.came:
+                logger.warning("A local worker did not start: %s", why)
+                if self._failures >= MOST_FAILURES and not any(other.came for other in self._processes):
+                    self.trouble = f"local workers do not start, the last one: {why}"
+        while len(self._processes) < self._count and self.trouble is None:
+            self._processes.append(_Process(self._start()))
+
+    def _over(self, process: _Process) -> str | None:
+        """Say what became of a process that is of no use any more; ``None`` of the others."""
+        if process.popen.poll() is not None:
+            return f"exit status {process.popen.returncode}"
+        process.looks += 1
+        if process.came or process.looks * LOOK_SECONDS < REGISTER_SECONDS:
+            return None
+        process.popen.kill()
+        process.popen.wait()
+        return f"it did not come to its scheduler within {REGISTER_SECONDS:g} seconds"
 
     def _start(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
@@ -83,11 +122,11 @@ class LocalProcesses:
         return process
 
     def _end(self) -> None:
-        for process, _ in self._processes:
-            _close(process)
-            process.kill()
-        for process, _ in self._processes:
-            process.wait()
+        for each in self._processes:
+            _close(each.popen)
+            each.popen.kill()
+        for each in self._processes:
+            each.popen.wait()
         self._processes.clear()
 
 
@@ -111,12 +150,17 @@ async def local_cluster(count: int) -> AsyncIterator[DaskSource]:
             host="127.0.0.1", port=0, protocol="tls://", security=security, dashboard=False,
             dashboard_address="127.0.0.1:0",
         )  # fmt: skip
-    await scheduler
-    source = DaskSource(scheduler.address, security)
-    processes = LocalProcesses(count, {"scheduler": scheduler.address, "tls": _certificate(security)})
     try:
+        with anyio.fail_after(SCHEDULER_SECONDS):
+            await scheduler
+        processes = LocalProcesses(
+            count,
+            {"scheduler": scheduler.address, "tls": _certificate(security)},
+            lambda: [worker.pid for worker in scheduler.workers.values()],
+        )
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(processes.run)
+            source = LocalSource(scheduler.address, security, processes)
             try:
                 yield source
             finally:
@@ -125,6 +169,19 @@ async def local_cluster(count: int) -> AsyncIterator[DaskSource]:
     finally:
         with anyio.move_on_after(CLOSE_SECONDS, shield=True):
             await scheduler.close()
+
+
+class LocalSource(DaskSource):
+    """The workers of this scheduler; says so when there will be none."""
+
+    def __init__(self, address: str, security: Any, processes: LocalProcesses) -> None:
+        super().__init__(address, security)
+        self._processes = processes
+
+    async def addresses(self) -> Collection[str]:
+        if self._processes.trouble is not None:
+            raise WorkersError(self._processes.trouble)
+        return await super().addresses()
 
 
 def _certificate(security: Any) -> dict[str, str]:

@@ -16,6 +16,9 @@ from typing import Any
 
 from .dask_source import load_distributed
 
+#: How long it may take to come to the scheduler, in seconds.
+REGISTER_SECONDS = 60.0
+
 
 def security_from(told: dict[str, str]) -> Any:
     """Return a ``distributed.Security`` for an authority, a certificate and its key: files or PEM texts."""
@@ -42,6 +45,8 @@ async def _work(told: dict[str, Any]) -> None:
             security=security_from(told["tls"]),
             memory_limit=0,
             dashboard=False,
+            # Whoever started this process starts it again.
+            death_timeout=REGISTER_SECONDS,
             dashboard_address="127.0.0.1:0",
         )
     await worker

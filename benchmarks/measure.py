@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import anyio
 import openai
 
-from . import in_process, memory, page, ways
+from . import by_workers, in_process, memory, page, ways
 from .launch import Server
 from .models import registered
 from .rows import prompts
@@ -40,7 +40,11 @@ OVER_HTTP: dict[str, Way] = {
     "aiometer": ways.through_aiometer,
     "page": page.pages_during_enrichment,
     "page beside": page.pages_beside_enrichment,
+    "page workers": page.pages_while_workers_enrich,
+    "workers": by_workers.through_workers,
 }
+#: They start what they measure themselves.
+ELSEWHERE = frozenset({"page", "page beside", "page workers", "workers"})
 IN_PROCESS: dict[str, Way] = {
     "instant plain llm": in_process.instant_plain_llm,
     "instant map": in_process.instant_map,
@@ -68,7 +72,7 @@ async def measure(work: Work) -> Result:
         if over_http:
             server = Server(work.url)
             server.configure()
-        if work.way not in ("memory", "page", "page beside"):
+        if work.way != "memory" and work.way not in ELSEWHERE:
             # What a library does once, at its first call, is not what is measured.
             await way(Work(**(work.as_dict() | {"n": 3})), texts[:3], Result(3))
         if over_http:

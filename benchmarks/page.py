@@ -42,6 +42,11 @@ async def pages_beside_enrichment(work: Work, prompts: list[str], result: Result
     await anyio.to_thread.run_sync(_visit, work, result, BesideTheServer)
 
 
+async def pages_while_workers_enrich(work: Work, prompts: list[str], result: Result) -> None:
+    """The same in the server, with a worker that makes its model calls."""
+    await anyio.to_thread.run_sync(_visit, work, result, ByAWorker)
+
+
 def _visit(work: Work, result: Result, kind: type[Enrichment]) -> None:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "airports.db"
@@ -52,9 +57,10 @@ def _visit(work: Work, result: Result, kind: type[Enrichment]) -> None:
         database.commit()
         database.close()
         command = [sys.executable, "-m", "benchmarks.page_server", work.url, str(path), str(work.concurrency)]
-        command += ["look"] * work.look
+        command += ["look"] * work.look + ["workers"] * (kind is ByAWorker)
+        environment = {**os.environ, **write_model(path.parent, work.url)}
         with subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as process:
             assert process.stdin is not None
             assert process.stdout is not None
@@ -93,6 +99,13 @@ def _visit(work: Work, result: Result, kind: type[Enrichment]) -> None:
         }
 
 
+def write_model(home: Path, url: str) -> dict[str, str]:
+    """Tell processes of the model in llm's way; return the variable that says where."""
+    model = {"model_id": MODEL_ID, "model_name": MODEL_ID, "api_base": url}
+    (home / "extra-openai-models.yaml").write_text(json.dumps([model]))
+    return {"LLM_USER_PATH": str(home)}
+
+
 class Enrichment:
     """Fills a column of the table; started when the block is entered, ended when it is left."""
 
@@ -122,18 +135,19 @@ class InTheServer(Enrichment):
         return json.loads(self.visitor.get("/-/benchmark-state"))["state"] in ("pending", "running")
 
 
+class ByAWorker(InTheServer):
+    """The same, where a local worker makes the model calls of groups."""
+
+
 class BesideTheServer(Enrichment):
     """As a command beside the server."""
 
     def __enter__(self) -> Enrichment:
-        home = self.table.parent
-        # llm's way to tell a command of a model.
-        model = {"model_id": MODEL_ID, "model_name": MODEL_ID, "api_base": self.work.url}
-        (home / "extra-openai-models.yaml").write_text(json.dumps([model]))
         command = [sys.executable, "-m", "datasette", "llm", "enrich", str(self.table), self.table.stem]
         command += [PROMPT, "--column", "surroundings", "--model", MODEL_ID, "--quiet"]
         command += ["--concurrency", str(self.work.concurrency)]
-        self.process = subprocess.Popen(command, env={**os.environ, "LLM_USER_PATH": str(home)})
+        environment = {**os.environ, **write_model(self.table.parent, self.work.url)}
+        self.process = subprocess.Popen(command, env=environment)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -1,9 +1,9 @@
 """A Datasette server that serves a table and, when asked to, enriches it at the same time.
 
-``python -m benchmarks.page_server PROVIDER_URL DATABASE CONCURRENCY [look]`` prints its address.
+``python -m benchmarks.page_server PROVIDER_URL DATABASE CONCURRENCY [look] [workers]`` prints its address.
 ``/-/benchmark-start`` starts the enrichment as a background task, ``/-/benchmark-state`` says how
 far it is, ``/-/benchmark-lag`` how late the event loop was since it was last asked; with ``look`` also
-what it was doing then.
+what it was doing then. With ``workers`` one of them makes the model calls, of the model in llm's own files.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import socket
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,13 @@ class EnrichmentOnDemand:
 def main() -> None:
     """Serve until standard input closes."""
     url, path, concurrency = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    workers = {"workers": 1} if "workers" in sys.argv[4:] else {}
     datasette = Datasette(
         [path],
-        config={"plugins": {"datasette-llm": {"default_model": MODEL_ID}}},
+        config={"plugins": {"datasette-llm": {"default_model": MODEL_ID, **workers}}},
         settings={"num_sql_threads": 3},
     )
-    pm.register(EnrichmentOnDemand(Path(path).stem, concurrency, look=sys.argv[4:] == ["look"]))
+    pm.register(EnrichmentOnDemand(Path(path).stem, concurrency, look="look" in sys.argv[4:]))
     listener = socket.create_server(("127.0.0.1", 0))
     # As a server has it that opens its own socket: asyncio cannot tell that this one is TCP.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -91,7 +93,7 @@ def main() -> None:
 
     threading.Thread(target=stop_with_parent, daemon=True).start()
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
-    with registered(url):
+    with nullcontext() if workers else registered(url):
         server.run(sockets=[listener])
 
 

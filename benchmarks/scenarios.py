@@ -122,6 +122,7 @@ def all_scenarios(*, quick: bool = False) -> list[Scenario]:
         _lookup(quick),
         _memory(quick),
         _page(quick),
+        _workers(quick),
     ]
 
 
@@ -384,6 +385,41 @@ def _page(quick: bool) -> Scenario:
             Target("rows not enriched", 0, not_enriched),
         ),
         backends=("asyncio",),
+    )
+
+
+def _workers(quick: bool) -> Scenario:
+    """The prompts of "wide", by the process itself and by so many workers."""
+    n, latency, concurrency = (200 if quick else 5000), 0.5, 500
+    ours = Work("workers", n, concurrency, server={"latency": latency}, config={"workers": 0})
+    works = {
+        label: replace(ours, config={"workers": count})
+        for label, count in {"none": 0, "1 worker": 1, "2 workers": 2, "4 workers": 4}.items()
+    }
+    page = replace(ours, way="page workers", n=200 if quick else 3000, concurrency=100, config={})
+
+    def page_slower(results: Results) -> float:
+        found = results["page, 1 worker"].extra
+        return float(found["busy"]["p99_ms"]) / float(found["idle"]["p99_ms"])
+
+    def longer(results: Results) -> float:
+        return float(results["1 worker"].extra["one_more_ms"]) - float(results["none"].extra["one_more_ms"])
+
+    return Scenario(
+        "workers",
+        f"{n:,} prompts, {latency * 1000:.0f} ms each, {concurrency} in flight, by workers; a page meanwhile",
+        {**works, "page, 1 worker": page},
+        ideal=n * latency / concurrency,
+        targets=(
+            Target(
+                "1 worker: CPU of the coordinator, ms", 0.4, lambda found: per_prompt(found["1 worker"]) * 1e3
+            ),
+            Target("1 worker: one prompt takes longer, ms", 3, longer),
+            Target("page, 1 worker: p99 of the page / idle", 1.3, page_slower),
+            Target("not right", 0, lambda found: sum(each.n - each.right for each in found.values())),
+        ),
+        backends=("asyncio",),
+        once=True,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import anyio
 from datasette_llm.calls.remote.bench import Bench
 from datasette_llm.calls.remote.fleet import Fleet
 from datasette_llm.calls.workers import Workers
+from datasette_llm.errors import WorkersError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection
@@ -22,6 +24,8 @@ class FakeLink:
 
     Attributes:
         calls: how many calls were sent.
+        silent: whether nothing of it arrives any more.
+        hello: what it says of itself that is not so.
         parcels: everything that was carried there.
     """
 
@@ -30,6 +34,8 @@ class FakeLink:
         self.calls = 0
         self.parcels: list[bytes] = []
         self.dead = False
+        self.silent = False
+        self.hello: dict[str, object] = {}
         self.bench = Bench()
         self.scope = anyio.CancelScope()
         self._delay = delay
@@ -37,6 +43,8 @@ class FakeLink:
     async def _carry(self) -> None:
         if self._delay:
             await anyio.sleep(self._delay)
+        if self.silent:
+            await anyio.sleep_forever()
         if self.dead:
             raise OSError("connection refused")
 
@@ -47,7 +55,10 @@ class FakeLink:
     async def ask(self, request: bytes) -> bytes:
         await self._carry()
         self.parcels.append(request)
-        return self.bench.ask(request)
+        answer = json.loads(self.bench.ask(request))
+        if "hello" in answer:
+            answer["hello"].update(self.hello)
+        return json.dumps(answer).encode()
 
     async def send(self, parcel: bytes) -> None:
         await self._carry()
@@ -71,11 +82,19 @@ class FakeWorkers:
     Attributes:
         links: of the workers that are or were there, by address.
         reachable: whether the scheduler answers.
+        hopeless: why there will be no worker, if so.
+        failing: what connecting to a worker raises, by address.
+        hellos: what a worker says of itself that is not so, by address.
+        scope: of the fleet; cancelled, it ends.
     """
 
     def __init__(self, tasks: TaskGroup, fleet: Fleet, *, private: bool = True) -> None:
         self.links: dict[str, FakeLink] = {}
         self.reachable = True
+        self.hopeless: str | None = None
+        self.failing: dict[str, Exception] = {}
+        self.hellos: dict[str, dict[str, object]] = {}
+        self.scope = anyio.CancelScope()
         self.fleet = fleet
         self.spec = Workers(fleet=fleet)
         self._private = private
@@ -93,13 +112,22 @@ class FakeWorkers:
         link.dead = True
         link.scope.cancel()
 
+    async def run(self) -> None:
+        with self.scope:
+            await self.fleet.run(self)
+
     async def addresses(self) -> Collection[str]:
+        if self.hopeless is not None:
+            raise WorkersError(self.hopeless)
         if not self.reachable:
             raise OSError("the scheduler does not answer")
         return list(self._delays)
 
     async def connect(self, address: str) -> FakeLink:
+        if address in self.failing:
+            raise self.failing[address]
         link = self.links[address] = FakeLink(self._delays[address], private=self._private)
+        link.hello = self.hellos.get(address, {})
         await self._tasks.start(link.run)
         return link
 
@@ -114,6 +142,6 @@ async def fake_workers(
         workers = FakeWorkers(tasks, fleet, private=private)
         for address in addresses:
             workers.add(address)
-        tasks.start_soon(fleet.run, workers)
+        tasks.start_soon(workers.run)
         yield workers
         tasks.cancel_scope.cancel()

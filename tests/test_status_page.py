@@ -19,6 +19,7 @@ from datasette_llm.pages.status.live import MOST, read_live
 
 from .fakes import FakeModel, registered
 from .hooks import hooked, llm_models
+from .remote_workers import fake_workers
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
@@ -134,6 +135,37 @@ async def test_what_runs_and_what_the_last_hour_brought(monkeypatch: pytest.Monk
     assert "$2.0000" in page
     assert KEY not in page + json.dumps(told)
     assert (await read(datasette))["groups"] == []
+
+
+async def test_workers_are_told_with_what_they_do_and_how_many_were_lost() -> None:
+    go_on = anyio.Event()
+
+    async def script(prompt: str) -> AsyncGenerator[Any, None]:
+        yield "begun"
+        await go_on.wait()
+
+    datasette = site()
+    with registered(FakeModel(script)):
+        assert (await read(datasette, "?live=1"))["workers"] == []
+        async with (
+            fake_workers("near") as workers,
+            LLM(datasette).group("fake", workers=workers.spec) as model,
+        ):
+            workers.fleet._prompts["far"] = 3
+            workers.fleet.deaths = 1
+            response = await model.prompt("x")
+            assert await anext(aiter(response)) == "begun"
+            told = await read(datasette, "?live=1")
+            page = (await get(datasette, "/-/llm")).text
+            go_on.set()
+            await response.text()
+    assert told["workers"] == [
+        {"worker": "near", "is": "there", "in_flight": 1, "prompts": 0},
+        {"worker": "far", "is": "gone", "in_flight": 0, "prompts": 3},
+    ]
+    assert told["groups"][0]["calls_made_by"] == "1 worker, 1 lost"
+    assert "1 worker, 1 lost" in page
+    assert "Workers that make calls now" in page
 
 
 async def test_models_and_purposes_with_their_keys_and_what_is_missing(

@@ -20,6 +20,8 @@ from tests.fakes import FakeModel, registered
 from tests.hooks import datasette_with, hooked
 from tests.protocols import Answer, ToolCall, protocol_server
 
+from .remote_workers import fake_workers
+
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
@@ -146,6 +148,25 @@ async def test_a_wrappers_span_is_a_child_and_holds_during_the_model_call(
     assert inner.parent.span_id == outer.context.span_id
     assert inner.context is not None
     assert current == [inner.context.span_id]
+
+
+async def test_a_span_goes_with_a_call_to_its_worker_and_names_it(spans: InMemorySpanExporter) -> None:
+    there: list[int] = []
+
+    async def script(prompt: str) -> AsyncGenerator[Any, None]:
+        there.append(trace.get_current_span().get_span_context().span_id)
+        yield "answer"
+
+    with registered(FakeModel(script)):
+        async with (
+            fake_workers("a") as workers,
+            LLM(datasette_with()).group("fake", workers=workers.spec) as group,
+        ):
+            await (await group.prompt("x")).text()
+    (ended,) = spans.get_finished_spans()
+    assert ended.context is not None
+    assert there == [ended.context.span_id]
+    assert (ended.attributes or {})["datasette_llm.worker"] == "a"
 
 
 async def test_an_error_is_named_and_not_quoted(spans: InMemorySpanExporter) -> None:

@@ -6,11 +6,13 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import anyio.to_thread
 import pytest
 
 from datasette_llm import LLM
 from datasette_llm.calls import workers as kinds_of_workers
 from datasette_llm.calls.remote.engine import _engines
+from datasette_llm.errors import NoWorkers
 
 from .fakes import FakeModel, registered
 from .hooks import datasette_with
@@ -23,19 +25,23 @@ distributed = pytest.importorskip("distributed")
 pytestmark = pytest.mark.real_clock
 
 
+def started_cluster() -> Any:
+    return distributed.LocalCluster(
+        n_workers=1,
+        threads_per_worker=1,
+        processes=False,
+        protocol="tcp",
+        host="127.0.0.1",
+        dashboard_address="127.0.0.1:0",
+        silence_logs=50,
+    )
+
+
 @pytest.fixture(scope="module")
 def client() -> Iterator[Any]:
     """A client of a cluster with one worker, all in threads of this process."""
     with (
-        distributed.LocalCluster(
-            n_workers=1,
-            threads_per_worker=1,
-            processes=False,
-            protocol="tcp",
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-            silence_logs=50,
-        ) as cluster,
+        started_cluster() as cluster,
         distributed.Client(cluster, set_as_default=False) as client,
     ):
         yield client
@@ -68,7 +74,7 @@ async def test_calls_are_made_by_a_scheduler_that_is_there(client: Any, given: s
             figures = group.stats.workers
     assert figures is not None
     # The last one's fleet may still be there.
-    assert sum(figures.prompts.values()) % 22 == 0
+    assert sum(figures.prompts.values()) >= 22
     assert names == {"datasette-llm bench"} == {*chunks}
 
 
@@ -83,3 +89,14 @@ async def test_workers_of_the_configuration_make_a_purposes_calls(
             assert await (await group.prompt("x")).text() == "datasette-llm bench"
         async with facade.group("threads", purpose="talk") as group:
             assert await (await group.prompt("x")).text() != "datasette-llm bench"
+
+
+async def test_when_the_scheduler_dies_prompts_wait_and_then_say_so() -> None:
+    cluster = await anyio.to_thread.run_sync(started_cluster)
+    workers = {"scheduler": cluster.scheduler_address, "timeout": 0.3}
+    with registered(Threads()), anyio.fail_after(PATIENCE_SECONDS):
+        async with LLM(datasette_with()).group("threads", workers=workers) as group:
+            assert await (await group.prompt("x")).text() == "datasette-llm bench"
+            await anyio.to_thread.run_sync(cluster.close)
+            with pytest.raises(NoWorkers, match="no worker for"):
+                await (await group.prompt("y")).text()

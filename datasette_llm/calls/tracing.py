@@ -106,6 +106,15 @@ def describe_error(span: trace.Span, error: BaseException | None) -> None:
         span.set_status(Status(StatusCode.ERROR))
 
 
+def describe_worker(address: str | None, deaths: int) -> None:
+    """Say in the span that is current which worker made its call, and how many died over it."""
+    span = trace.get_current_span()
+    if address is not None:
+        span.set_attribute("datasette_llm.worker", address)
+    if deaths:
+        span.set_attribute("datasette_llm.worker_deaths", deaths)
+
+
 def describe_end(
     span: trace.Span,
     error: Exception | None,

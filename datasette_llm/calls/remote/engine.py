@@ -7,6 +7,7 @@ Whoever uses the same workers at the same time shares one.
 from __future__ import annotations
 
 import atexit
+import logging
 import threading
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from ..workers import Workers
+
+logger = logging.getLogger("datasette_llm")
 
 #: How long the first local process may take to start, in seconds: one where others leave it room.
 START_SECONDS = 300.0
@@ -57,6 +60,8 @@ class Engine:
             anyio.run(self._run)
         except BaseException as error:
             self._error = error
+            if self._started.is_set():
+                logger.error("The workers have ended: %s", error, exc_info=error)
         finally:
             with _lock:
                 self._forget()

@@ -115,7 +115,6 @@ class Fleet:
         self._waiting_to_begin: set[Readiness] = set()
         self._hopeless: WorkersError | None = None
         self._over = False
-        self._looked = anyio.Event()
         self._trouble: str | None = "the scheduler has not answered"
         self._prompts: dict[str, int] = {}
         self.deaths = 0
@@ -159,6 +158,8 @@ class Fleet:
     async def run(self, source: Source, *, started: Callable[[], object] | None = None) -> None:
         """Look after the workers until cancelled."""
         self._clock = loop_clock()
+        # Made here: whoever makes the fleet may live on another kind of loop.
+        self._looked = anyio.Event()
         self._source = source
         try:
             async with anyio.create_task_group() as self._tasks:
@@ -344,17 +345,15 @@ class Fleet:
 
     async def _prepare(self, readiness: Readiness) -> None:
         began = self._clock()
-        try:
-            while not await self._is_decided(readiness):
-                left = began + self._start - self._clock()
-                if left <= 0:
-                    readiness.refuse(self.nobody(self._clock() - began))
-                    return
-                with anyio.move_on_after(left):
-                    await self._looked.wait()
-        finally:
-            if not self._closing:
-                self._waiting_to_begin.discard(readiness)
+        while not await self._is_decided(readiness):
+            left = began + self._start - self._clock()
+            if left <= 0:
+                readiness.refuse(self.nobody(self._clock() - began))
+                break
+            with anyio.move_on_after(left):
+                await self._looked.wait()
+        # Not when this breaks off: then `_end()` tells it.
+        self._waiting_to_begin.discard(readiness)
 
     async def _is_decided(self, readiness: Readiness) -> bool:
         """Ask the workers that are there. One that does not answer says nothing about the others."""

@@ -162,7 +162,7 @@ class Line:
     def put(self, call: Call) -> None:
         """Give it a call."""
         self._number += 1
-        call.line, call.number = self, self._number
+        call.line, call.number, call.worker = self, self._number, self.address
         self.in_flight[self._number] = call
         self._parcel.append((self._number, call))
         self._stirred.set()

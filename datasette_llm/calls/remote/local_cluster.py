@@ -23,7 +23,7 @@ from ...errors import WorkersError
 from .dask_source import DaskSource, load_distributed
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Collection
+    from collections.abc import AsyncIterator, Callable, Collection, Sequence
 
 logger = logging.getLogger("datasette_llm")
 
@@ -34,6 +34,7 @@ REGISTER_SECONDS = 90.0
 #: So many in a row that did not come to work are enough.
 MOST_FAILURES = 3
 SCHEDULER_SECONDS = 60.0
+COMMAND = (sys.executable, "-m", "datasette_llm.calls.remote.local_worker")
 CLOSE_SECONDS = 3.0
 
 
@@ -52,19 +53,25 @@ class LocalProcesses:
         count: how many.
         told: what each is told on its standard input.
         registered: returns the process ids of those that the scheduler knows.
+        command: what is run.
 
     Attributes:
         trouble: why there will be none, once that is clear.
     """
 
     def __init__(
-        self, count: int, told: dict[str, Any], registered: Callable[[], Collection[int]] = tuple
+        self,
+        count: int,
+        told: dict[str, Any],
+        registered: Callable[[], Collection[int]],
+        command: Sequence[str],
     ) -> None:
         self.trouble: str | None = None
         self._told = json.dumps(told).encode() + b"\n"
         self._processes: list[_Process] = []
         self._count = count
         self._registered = registered
+        self._command = command
         self._failures = 0
 
     async def run(self) -> None:
@@ -107,7 +114,7 @@ class LocalProcesses:
 
     def _start(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
-            [sys.executable, "-m", "datasette_llm.calls.remote.local_worker"],
+            self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             # Ctrl-C is for the job: it still wants the answers that are under way.
@@ -139,7 +146,7 @@ def _close(process: subprocess.Popen[bytes]) -> None:
 
 
 @asynccontextmanager
-async def local_cluster(count: int) -> AsyncIterator[DaskSource]:
+async def local_cluster(count: int, command: Sequence[str] = COMMAND) -> AsyncIterator[DaskSource]:
     """Run a scheduler here and so many worker processes; none is left afterwards."""
     distributed = load_distributed()
     import dask
@@ -157,6 +164,7 @@ async def local_cluster(count: int) -> AsyncIterator[DaskSource]:
             count,
             {"scheduler": scheduler.address, "tls": _certificate(security)},
             lambda: [worker.pid for worker in scheduler.workers.values()],
+            command,
         )
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(processes.run)

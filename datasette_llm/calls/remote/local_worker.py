@@ -12,12 +12,17 @@ import os
 import signal
 import sys
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import anyio
 
 from .dask_source import load_distributed
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
 #: How long it may take to come to the scheduler, in seconds.
 REGISTER_SECONDS = 60.0
+CLOSE_SECONDS = 3.0
 
 
 def security_from(told: dict[str, str]) -> Any:
@@ -49,8 +54,12 @@ async def _work(told: dict[str, Any]) -> None:
             death_timeout=REGISTER_SECONDS,
             dashboard_address="127.0.0.1:0",
         )
-    await worker
-    await worker.finished()
+    try:
+        await worker
+        await worker.finished()
+    finally:
+        with anyio.move_on_after(CLOSE_SECONDS, shield=True):
+            await worker.close()
 
 
 def _load_models() -> None:
@@ -59,26 +68,36 @@ def _load_models() -> None:
     llm.get_async_models()
 
 
-def _end_with_stdin() -> None:
+def _end_with(stdin: BinaryIO, leave: Callable[[int], object]) -> None:
     try:
-        while sys.stdin.buffer.read(1):
+        while stdin.read(1):
             pass
     finally:
-        os._exit(0)
+        leave(0)
+
+
+def run(stdin: BinaryIO, leave: Callable[[int], object]) -> None:
+    """Work until standard input ends.
+
+    Args:
+        stdin: its first line says for whom.
+        leave: ends the process at once, with an exit status.
+    """
+    # What takes long, before anybody waits for it.
+    load_distributed()
+    _load_models()
+    told = json.loads(stdin.readline())
+    threading.Thread(target=_end_with, args=(stdin, leave), daemon=True).start()
+    try:
+        asyncio.run(_work(told))
+    finally:
+        leave(1)
 
 
 def main() -> None:
     """Work until standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # What takes long, before anybody waits for it.
-    load_distributed()
-    _load_models()
-    told = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_end_with_stdin, daemon=True).start()
-    try:
-        asyncio.run(_work(told))
-    finally:
-        os._exit(1)
+    run(sys.stdin.buffer, os._exit)
 
 
 if __name__ == "__main__":

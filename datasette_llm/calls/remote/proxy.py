@@ -9,7 +9,7 @@ from opentelemetry import propagate
 
 from .. import http_answers
 from ..clients.pool import ClientPool
-from ..tracing import is_traced
+from ..tracing import describe_worker, is_traced
 from . import answers, identity
 from .flown_errors import arrived
 from .key_offers import KeyOffer
@@ -58,7 +58,8 @@ class RemoteExecute:
         offer = self.offer(key)
         if offer is not None:
             question["key"] = offer.reference
-        if is_traced():
+        traced = is_traced()
+        if traced:
             carrier: dict[str, str] = {}
             propagate.inject(carrier)
             question["trace"] = carrier
@@ -83,6 +84,8 @@ class RemoteExecute:
                 return
         finally:
             call.withdraw()
+            if traced:
+                describe_worker(call.worker, call.deaths)
 
     def _tell(self, headers: Any) -> None:
         for status, told, age, since in headers:

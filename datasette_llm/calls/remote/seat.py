@@ -81,11 +81,12 @@ class Call:
         heard: whether a part of the answer has come.
         deaths: workers that died while they had it.
         over: whether it is answered, has failed or is not wanted any more.
+        worker: who had it last.
     """
 
     __slots__ = (
         "_arrived", "_messages", "_seat", "deaths", "heard", "key", "line", "model_id", "number", "over",
-        "question",
+        "question", "worker",
     )  # fmt: skip
 
     def __init__(self, seat: Seat, model_id: str, question: Mapping[str, Any], key: KeyOffer | None) -> None:
@@ -100,6 +101,7 @@ class Call:
         self.deaths = 0
         self.heard = False
         self.over = False
+        self.worker: str | None = None
 
     def submit(self) -> None:
         self._seat.fleet.submit(self)

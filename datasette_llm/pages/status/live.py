@@ -19,6 +19,7 @@ from ...pace.state import state_of
 from ...pace.tally import MINUTES, Tally
 from ...secrecy import redacted
 from ...tasks.live import live_groups
+from .workers import in_words, read_workers
 
 if TYPE_CHECKING:
     from datasette.app import Datasette
@@ -69,6 +70,7 @@ def read_live(datasette: Datasette) -> dict[str, Any]:
         "lanes_not_shown": max(0, len(throttles) - MOST),
         "groups": [_group(group) for group in groups[:MOST]],
         "groups_not_shown": max(0, len(groups) - MOST),
+        "workers": read_workers(groups)[:MOST],
         "hour": _figures(total),
         "minutes": [
             {
@@ -136,4 +138,5 @@ def _group(supervisor: GroupSupervisor) -> dict[str, Any]:
         "output_tokens": stats.output_tokens,
         "cost": _dollars(stats.cost, stats.unpriced),
         "elapsed_seconds": round(stats.elapsed, 1),
+        "calls_made_by": in_words(stats.workers),
     }

@@ -74,7 +74,7 @@
   };
 
   const show = (news) => {
-    for (const name of ["jobs", "groups", "lanes"]) fill(page.querySelector(`[data-rows="${name}"]`), news[name]);
+    for (const name of ["jobs", "groups", "workers", "lanes"]) fill(page.querySelector(`[data-rows="${name}"]`), news[name]);
     for (const figure of page.querySelectorAll("dd[data-key]")) put(figure, say(news, figure.dataset));
     draw(news.minutes);
     const time = page.querySelector("[data-as-of]");

@@ -15,10 +15,11 @@ import httpx
 import llm
 import pytest
 
-from datasette_llm.calls.clients import adoption, leases, makes, speakeasy
+from datasette_llm.calls.clients import adoption, leases, makes, rebinding, speakeasy
 from datasette_llm.calls.clients.adoption import shares_clients
-from datasette_llm.calls.clients.identity import CannotShareError
+from datasette_llm.calls.clients.identity import CannotShareError, frozen
 from datasette_llm.calls.clients.pool import ClientPool
+from datasette_llm.calls.clients.transport import client_factory, library_of, library_that
 from datasette_llm.calls.failures import classify
 from datasette_llm.calls.http_answers import HttpAnswers
 
@@ -403,6 +404,37 @@ def test_a_lease_is_given_back_when_the_prompt_is_done_with_it() -> None:
     del lease
     assert client.busy == 1
     assert copy.copy(other.__class__) is object
+
+
+async def test_a_lease_may_be_entered_and_closed_and_the_client_stays_open() -> None:
+    client = leases.SharedClient(leases.Made(httpx.AsyncClient(), lambda: None))  # type: ignore[arg-type, return-value]
+    async with leases.Lease(client) as lease:
+        await lease.aclose()
+        await lease.close()
+    assert not client.client.is_closed
+    await client.client.aclose()
+
+
+def test_a_module_whose_clients_are_leased_is_a_module_in_all_else() -> None:
+    module = types.ModuleType("a_library")
+    seen = rebinding.ModuleStandIn(module, lambda value: value)
+    seen.timeout = 3
+    assert (vars(module)["timeout"], seen.timeout) == (3, 3)
+    assert "timeout" in dir(seen)
+    assert repr(seen) == repr(module)
+
+
+def test_settings_of_a_client_are_told_apart_by_what_they_say() -> None:
+    names = {"a": "1"}
+    assert frozen(httpx.Headers(names)) == frozen(httpx.Headers(names)) != frozen(httpx.Headers({"a": "2"}))
+    assert frozen(httpx.URL("http://x")) != frozen(httpx.URL("http://y"))
+    assert frozen(httpx.Timeout(1)) == frozen(httpx.Timeout(1)) != frozen(httpx.Timeout(2))
+
+
+def test_what_is_no_sdk_has_no_library_and_no_factory() -> None:
+    assert library_of(int) is None
+    assert client_factory(types.ModuleType("another")) is None
+    assert library_that(types.ModuleType("another")) is httpx
 
 
 def test_a_wrapper_that_passes_nothing_on_is_not_shared() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -504,3 +505,17 @@ async def test_a_retry_is_no_turn() -> None:
         chain = model.chain("go", tools=[Work().work])
         assert await chain.text() == WHOLE
         assert [response.attempts for response in chain._responses] == [1, 2, 1]
+
+
+async def test_a_chain_can_be_copied_and_a_reader_that_was_closed_has_ended() -> None:
+    with registered(ToolModel(seconds=0)):
+        asked = (await LLM(Datasette()).model("fake")).chain("x", tools=[Work().work])
+        assert copy.copy(asked).chain_limit == asked.chain_limit
+        responses = asked.responses()
+        async with aclosing(asked.astream_events()) as events:
+            assert (await anext(responses)).prompt.prompt == "x"
+            assert (await anext(events)).type == "text"
+        responses.close()
+        for reader in (responses, events):
+            with pytest.raises(StopAsyncIteration):
+                await anext(reader)

@@ -109,6 +109,14 @@ async def test_a_failed_turn_is_not_part_of_the_history() -> None:
         assert len(conversation.responses) == 2
 
 
+async def test_what_a_conversation_was_loaded_with_outlives_a_failed_turn() -> None:
+    async with talking() as conversation:
+        conversation.conversation.loaded_messages = [llm.user("before")]
+        with pytest.raises(ZeroDivisionError):
+            await ask(conversation, "fail")
+        assert await ask(conversation, "after") == "before after"
+
+
 async def test_a_turn_refused_by_a_wrapper_is_not_part_of_the_history() -> None:
     def llm_prompt_context(prompt: str) -> Any:
         @asynccontextmanager

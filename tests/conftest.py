@@ -162,3 +162,12 @@ def _no_leftover_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(secrecy, "_keys", type(secrecy._keys)())
     monkeypatch.setattr(secrecy, "_windows", None)
+
+
+@pytest.fixture
+def llm_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user directory of llm's, with room for templates."""
+    home = tmp_path / "llm"
+    (home / "templates").mkdir(parents=True)
+    monkeypatch.setenv("LLM_USER_PATH", str(home))
+    return home

@@ -11,6 +11,7 @@ from llm.plugins import pm as llm_pm
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from llm.parts import StreamEvent
 
@@ -74,17 +75,22 @@ class FakeModel(llm.AsyncModel):
             counts["closed"] += 1
 
 
-@contextmanager
-def registered(*models: llm.AsyncModel) -> Iterator[None]:
+def registered(*models: llm.AsyncModel) -> AbstractContextManager[None]:
     """Have llm know these models (each also as a minimal sync model of the same id)."""
+    return known_to_llm(*((_SyncTwin(model.model_id), model) for model in models))
+
+
+@contextmanager
+def known_to_llm(*pairs: tuple[Any, Any]) -> Iterator[None]:
+    """Have llm know these models, each as a sync and an async one."""
 
     class Plugin:
         __name__ = "fake-models"
 
         @llm.hookimpl
         def register_models(self, register: Callable[..., None]) -> None:
-            for model in models:
-                register(_SyncTwin(model.model_id), model)
+            for pair in pairs:
+                register(*pair)
 
     plugin = Plugin()
     llm_pm.register(plugin)

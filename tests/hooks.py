@@ -5,14 +5,17 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import llm
 from datasette.app import Datasette
 from datasette.plugins import pm
-from llm.plugins import pm as llm_pm
 from pluggy import HookimplMarker
+
+from .fakes import known_to_llm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+
+    import llm
 
 hookimpl = HookimplMarker("datasette")
 
@@ -38,19 +41,6 @@ def datasette_with(settings: Any = None, secrets: Any = None) -> Datasette:
     )
 
 
-@contextmanager
-def llm_models(*models: llm.AsyncModel | llm.AsyncKeyModel) -> Iterator[None]:
+def llm_models(*models: llm.AsyncModel | llm.AsyncKeyModel) -> AbstractContextManager[None]:
     """Have llm know these async models, beside those of `fakes.registered`."""
-
-    class Plugin:
-        @llm.hookimpl
-        def register_models(self, register: Callable[..., None]) -> None:
-            for model in models:
-                register(model, model)
-
-    plugin = Plugin()
-    llm_pm.register(plugin)
-    try:
-        yield
-    finally:
-        llm_pm.unregister(plugin)
+    return known_to_llm(*((model, model) for model in models))

@@ -18,14 +18,6 @@ if TYPE_CHECKING:
 SCHEMA = {"type": "object", "properties": {"mood": {"type": "string"}}}
 
 
-@pytest.fixture
-def llm_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    home = tmp_path / "llm"
-    (home / "templates").mkdir(parents=True)
-    monkeypatch.setenv("LLM_USER_PATH", str(home))
-    return home
-
-
 def test_a_prompt_comes_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("Judge: {{ body }}")
     assert read_prompt(f"@{tmp_path / 'p.txt'}") == "Judge: {{ body }}"

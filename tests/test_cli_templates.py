@@ -22,14 +22,6 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def llm_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    home = tmp_path / "llm"
-    (home / "templates").mkdir(parents=True)
-    monkeypatch.setenv("LLM_USER_PATH", str(home))
-    return home
-
-
-@pytest.fixture
 def file(tmp_path: Path, llm_home: Path) -> TableFile:
     file = TableFile(tmp_path, "create table t (id integer primary key, body text, mood text)")
     file.run("insert into t (id, body) values (1, 'sunny {{ day }}')")

@@ -1,4 +1,9 @@
-"""Bulk enrichment: a prompt for every row of a table, the answers in a column of it."""
+"""Bulk enrichment: a prompt for every row of a table, the answers in a column of it.
+
+`job` runs a `plan` of what `spec` asks for: rows come from `reading`, `asking` (or another way: `batches`)
+has them answered, `answers` judges what came, `writing` and `record` keep it, `ledger` counts, `telling`
+shows. Knows nothing of pages or HTTP.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Answers on their way into the table: what an answer has to be, and how it gets there whatever happens."""
+"""Answers on their way into the table, and how they get there whatever happens."""

@@ -465,8 +465,7 @@ class Throttle:
 
     def _learn_answer(self, now: float, sent: float) -> None:
         outage = self.outage
-        outage.answered(now, sent)
-        if outage.room < math.inf:
+        if not outage.answered(now, sent) and outage.room < math.inf:
             outage.widened(max((lane.limit for lane in self._adaptive_lanes.values()), default=64))
 
     def _cut(self, now: float, accepted: int) -> bool:

@@ -27,9 +27,10 @@ ALWAYS = Patience(1800, together=True)
 class Gateway(Exception):
     """What an SDK raises for an HTTP answer."""
 
-    def __init__(self, status_code: int) -> None:
+    def __init__(self, status_code: int, retry_after: float | None = None) -> None:
         super().__init__(f"status {status_code}")
         self.status_code = status_code
+        self.headers = {} if retry_after is None else {"retry-after": str(retry_after)}
 
 
 ERRORS: dict[str, Callable[[], Exception]] = {
@@ -111,6 +112,26 @@ async def test_an_outage_is_waited_out_and_nobody_fails(
     # All of them are let in again soon.
     busy = [at for at in provider.answered_at if back_at <= at <= back_at + 4]
     assert len(busy) >= 100
+
+
+async def test_what_is_refused_as_an_outage_begins_tells_of_no_rate() -> None:
+    async def answer(prompt: str) -> AsyncGenerator[Any, None]:
+        if 10 <= anyio.current_time() - began < 15:
+            # Some are still answered meanwhile, so it is taken for a rate limit first.
+            await anyio.sleep(0.01)
+            raise Gateway(503, retry_after=1.0)
+        await anyio.sleep(1 + (int(prompt) / 10 if int(prompt) < 10 else 0))
+        answered_at.append(anyio.current_time() - began)
+        yield prompt
+
+    answered_at: list[float] = []
+    began = anyio.current_time()
+    with registered(FakeModel(answer)):
+        async with LLM(datasette_with()).group("fake", outage_timeout=1800, concurrency=10) as model:
+            errors = [response.error async for _, response in model.map(range(400), str)]
+    assert errors == [None] * 400
+    # Ten a second before it, and soon again.
+    assert sum(25 <= at < 30 for at in answered_at) >= 45
 
 
 async def test_away_is_told_while_it_lasts() -> None:

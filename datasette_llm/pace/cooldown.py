@@ -92,6 +92,8 @@ class Cooldowns:
         self._refused_count = 0
         self._refused_at: deque[float] = deque(maxlen=64)
         self._accepted_at_pause = 0
+        # Whether what was sent after the last pause was answered: somebody is there, and has a limit.
+        self._served_since = False
 
     @property
     def pausing(self) -> bool:
@@ -163,6 +165,7 @@ class Cooldowns:
             return False
         sent = now - seconds
         if pause.ended:
+            self._served_since = self._served_since or sent >= pause.until
             if self._trial is not None and sent >= pause.until:
                 self._trial = None
                 self._refused_in_a_row = 0
@@ -221,6 +224,8 @@ class Cooldowns:
 
     def call_off(self) -> None:
         """Nobody can be reached: the refusals tell nothing about a limit, and the pause is over."""
+        if not self._served_since:
+            self._found.forget()
         if self.pausing and self._pause is not None:
             self._pause.until, self._pause.ended = self._pause.begun, True
         self._trial = None
@@ -247,6 +252,7 @@ class Cooldowns:
 
     def _end(self, pause: _Pause, now: float) -> None:
         pause.ended = True
+        self._served_since = False
         lifted, self._lifted = self._lifted, 0
         accepted = self._sent_count - self._refused_count
         since_last = accepted - self._accepted_at_pause

@@ -44,7 +44,7 @@ PAGES = {
 FIGURES = re.compile(r"[\d,]+ tokens in, [\d,]+ out, no price known, [\d.,]+ s, [\d.,]+ rows/s")
 SET_UP = [
     "pip install -q uv && uv run datasette llm demo",
-    "pip install -q uv && uv run --isolated --group plugins pytest -n auto --cov",
+    "pip install -q uv && uv run --isolated --group plugins pytest -n auto",
 ]
 
 

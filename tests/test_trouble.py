@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from datasette_llm.calls.failures import classify
-from datasette_llm.calls.trouble import trouble_of
+from datasette_llm.calls.trouble import said_by, trouble_of
 from datasette_llm.enrich.telling.kinds import kind_of
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ async def trouble_with(client: str, url: str, silence: float = 10) -> Trouble:
     assert found is not None
     # And what is said of a row that fails so.
     assert kind_of(caught.value) == ("timed out" if found.silent else "connection lost")
+    assert ("timed out" in said_by(caught.value)) == found.silent
     return found
 
 

@@ -116,6 +116,13 @@ def untranslated(errors: Sequence[BaseException]) -> Sequence[BaseException]:
     return errors
 
 
+def said_by(error: Exception) -> str:
+    """Return an error's text: that of aiohttp's below it, where an SDK made a timeout of what was none."""
+    original = untranslated(list(chain_of(error)))[0]
+    timed_out = isinstance(original, TimeoutError) or _is_a(original, _TIMEOUTS)
+    return str(error) if timed_out else str(original) or str(error)
+
+
 def is_line_full(error: Exception, failure: Failure) -> bool:
     """Whether a server refused a call because too many wait already: somebody is there, and is busy.
 

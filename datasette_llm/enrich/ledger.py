@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from ..calls.prices import Usage
+from ..calls.trouble import said_by
 from ..secrecy import redacted
 from .errors import concerns_one_row
 from .telling.kinds import OTHER, group_of
@@ -217,7 +218,7 @@ class Ledger:
 
     def message_of(self, error: Exception) -> str:
         """Return an error's text, without the API key should a provider quote it."""
-        return redacted(str(error)) or "(no message)"
+        return redacted(said_by(error)) or "(no message)"
 
     def update_progress(self, report: EnrichReport) -> None:
         if self.model is None:

@@ -85,8 +85,6 @@ def known_to_llm(*pairs: tuple[Any, Any]) -> Iterator[None]:
     """Have llm know these models, each as a sync and an async one."""
 
     class Plugin:
-        __name__ = "fake-models"
-
         @llm.hookimpl
         def register_models(self, register: Callable[..., None]) -> None:
             for pair in pairs:

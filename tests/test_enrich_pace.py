@@ -12,7 +12,7 @@ import pytest
 from datasette_llm.enrich import JobSpec, collector
 from datasette_llm.enrich.collector import spare_older_objects
 from datasette_llm.enrich.job import EnrichJob
-from datasette_llm.enrich.spacing import FIRST_GAP_SECONDS, Spacing
+from datasette_llm.enrich.spacing import FEW_GAP_SECONDS, FEW_PROMPTS, FIRST_GAP_SECONDS, Spacing
 
 from .enrich_tables import TableFile, fake_model
 
@@ -27,7 +27,10 @@ def sent_at(spacing: Spacing, asked: list[float], limit: int) -> list[float]:
 
 def test_the_first_prompts_do_not_leave_all_at_once() -> None:
     sent = sent_at(Spacing(), [5.0] * 100, limit=100)
-    assert sent == pytest.approx([5 + n * FIRST_GAP_SECONDS for n in range(100)])
+    few = [5 + n * FEW_GAP_SECONDS for n in range(FEW_PROMPTS)]
+    assert sent[:FEW_PROMPTS] == pytest.approx(few)
+    later = [few[-1] + n * FIRST_GAP_SECONDS for n in range(1, 100 - FEW_PROMPTS + 1)]
+    assert sent[FEW_PROMPTS:] == pytest.approx(later)
 
 
 def test_a_burst_is_spread_over_nearly_the_time_an_answer_takes() -> None:

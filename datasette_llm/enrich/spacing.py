@@ -16,8 +16,9 @@ SHARE_OF_EVEN_GAP = 0.9
 SHARE_WHILE_GROWING = 0.5
 # A limit that has not grown for so many answer times is taken for found.
 GROWING_ANSWERS = 2.0
-# Between two prompts before the first answer, when nobody knows how long one takes.
-FIRST_GAP_SECONDS = 0.004
+# Between two prompts before the first answer, when nobody knows how long one takes: of the first few more, so
+# that a provider that takes four a second has refused one or two, and not sixteen, before the others wait.
+FEW_PROMPTS, FEW_GAP_SECONDS, FIRST_GAP_SECONDS = 20, 0.012, 0.004
 # One prompt in so many is no burst; and however slow the answers were, a provider that has become fast again
 # is soon asked faster, even by a job with few prompts in flight.
 MOST_SECONDS = 0.02
@@ -33,6 +34,7 @@ class Spacing:
     def __init__(self) -> None:
         self._answer_seconds: float | None = None
         self._next = 0.0
+        self._sent = 0
         self._limit: int | None = None
         self._growing_until = 0.0
 
@@ -50,7 +52,8 @@ class Spacing:
             limit: how many prompts may be in flight.
         """
         if self._answer_seconds is None:
-            gap = FIRST_GAP_SECONDS
+            self._sent += 1
+            gap = FEW_GAP_SECONDS if self._sent < FEW_PROMPTS else FIRST_GAP_SECONDS
         else:
             if self._limit is not None and limit > self._limit:
                 self._growing_until = now + GROWING_ANSWERS * self._answer_seconds

@@ -45,7 +45,6 @@ FILTERS: list[dict[str, Any]] = [
     {"kind__exact": "-- k"},
     {"tags__arraycontains": "a"},
     {"rowid": "2"},
-    {"id__gt": "²"},
     {"id__lt": "3", "_sort_desc": "word", "_facet": "kind"},
     {"_search": "it's"},
     {"_search": '"hi'},

@@ -187,7 +187,7 @@ async def test_failures_are_named_with_their_rows_and_retried(file: TableFile) -
             told = await pages.ended(path)
             assert [(each["kind"], each["rows"]) for each in told["failures"]] == [("error", [[2]])]
             page = await pages.get(path)
-            assert 'href="/data/words/2"' in page.text
+            assert 'Row <a href="/data/words/2"' in page.text
             assert "<b>no</b>" not in page.text
             assert "<i>Say" not in page.text
             works = True

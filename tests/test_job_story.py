@@ -275,7 +275,7 @@ async def test_going_on_with_a_limited_job_asks_about_the_rest_of_it(file: Table
             answer = await pages.post(f"{path}/go-on")
             assert (await pages.ended(answer.headers["location"]))["written"] == 1
             read = text_of(await pages.get(answer.headers["location"]))
-            assert "At most 1 rows" in read
+            assert "At most 1 row " in read
             file.run("update _llm_runs set spec = json_set(spec, '$.retry_failed', 1)")
             file.run("update _llm_runs set spec = json_set(spec, '$.schema', 'tone, score int')")
             read = text_of(await pages.get(path))

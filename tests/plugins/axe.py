@@ -6,6 +6,7 @@ in CI.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,10 +24,18 @@ needs_axe = pytest.mark.skipif(
 )
 
 
-def violations(browser: Browser) -> list[str]:
-    """Return what is wrong with the page that the browser shows, with the element that it is wrong with."""
+def violations(browser: Browser, within: str = "html") -> list[str]:
+    """Return what is wrong with the page that the browser shows, with the element that it is wrong with.
+
+    Args:
+        within: the part of it that is looked at, as a CSS selector.
+    """
     browser.run(_SCRIPT.read_text(encoding="utf-8"))
-    browser.run("window.axeFound = null; axe.run().then(found => { window.axeFound = found.violations })")
+    browser.run(
+        "window.axeFound = null; axe.run("
+        + json.dumps(within)
+        + ").then(found => { window.axeFound = found.violations })"
+    )
     browser.until(lambda: bool(browser.run("return window.axeFound !== null")))
     return [
         f"{violation['id']}: {node['html'][:200]}"

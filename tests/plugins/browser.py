@@ -84,6 +84,12 @@ class Browser:
         strokes = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
         self._do("POST", "actions", {"actions": [{"type": "key", "id": "keyboard", "actions": strokes}]})
 
+    def press_together(self, held: str, key: str) -> None:
+        """Press a key while another one is held down."""
+        strokes = [("keyDown", held), ("keyDown", key), ("keyUp", key), ("keyUp", held)]
+        actions = [{"type": kind, "value": value} for kind, value in strokes]
+        self._do("POST", "actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
+
     def resize(self, width: int, height: int) -> None:
         """Give the page a size, also one that is narrower than a window can be."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}

@@ -79,7 +79,10 @@ async def read_filters(datasette: Any, request: Any, database: str, table: str) 
     filters = Filters(sorted(pairs))
     known = await datasette.get_database(database).table_columns(table)
     _check_selections(filters, [*known, *ROWID_NAMES])
-    clauses, parameters = filters.build_where_clauses(table)
+    try:
+        clauses, parameters = filters.build_where_clauses(table)
+    except ValueError as error:  # An older Datasette takes a power of two for a number, say.
+        raise BadRequest(f"A filter in the address cannot be read: {error}") from None
     words: list[str] = []
     for hook in pm.hook.filters_from_request(
         request=request, table=table, database=database, datasette=datasette

@@ -257,7 +257,7 @@ def asked_in_words(run: dict[str, Any], words: str = "") -> list[tuple[str, str]
     asked.append(("Options", "\n".join(f"{name} {value}" for name, value in options.items())))
     asked.append(("Only rows where", words or spec.get("where")))
     limit = spec.get("limit")
-    asked.append(("At most", f"{limit:,} rows" if limit else ""))
+    asked.append(("At most", f"{limit:,} row{'' if limit == 1 else 's'}" if limit else ""))
     kinds = {"retry_failed": "rows that failed before", "stale": "rows whose question has changed"}
     asked += [("Only", words) for name, words in kinds.items() if spec.get(name)]
     return [(name, text) for name, text in asked if text]

@@ -1,9 +1,9 @@
 """``python -m benchmarks.kill_workers``: workers, or who has the rows, are killed in the middle of a job.
 
-Runs ``datasette llm enrich --workers 2`` in a process of its own against a provider over HTTP, and kills with
-SIGKILL at random moments: a random worker again and again within one job (``--workers-killed``), or the
-command itself, which is then run again (``--commands-killed``). Counts what is lost, written over, asked
-more often than it had to be, and processes that are left.
+Runs jobs of ``datasette llm enrich --workers 2``, each in a process of its own, against a provider over
+HTTP, and kills with SIGKILL at random moments: a random worker again and again within each job
+(``--workers-killed``), or the command itself, which is then run again (``--commands-killed``). Counts what is
+lost, written over, asked more often than it had to be, and processes that are left.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import closing, suppress
 from pathlib import Path
 from random import Random
@@ -52,7 +53,17 @@ class Job:
     def start(self) -> subprocess.Popen[bytes]:
         """Run the command."""
         command = [sys.executable, "-m", "datasette", "llm", "enrich", str(self.path), "rows", "{{ body }}"]
-        command += ["--column", "answer", "-m", MODEL_ID, "--workers", "2", "--quiet"]
+        command += [
+            "--column",
+            "answer",
+            "-m",
+            MODEL_ID,
+            "--workers",
+            "2",
+            "--quiet",
+            "--workers-timeout",
+            "5m",
+        ]
         command += ["--concurrency", str(CONCURRENCY)]
         return subprocess.Popen(command, cwd=ROOT, env=self._environment, stderr=subprocess.DEVNULL)
 
@@ -93,7 +104,12 @@ def kill_workers(job: Job, kills: int, random: Random, until: float) -> dict[str
             with suppress(ProcessLookupError):
                 os.kill(random.choice(workers), signal.SIGKILL)
                 killed += 1
-            wait_for(lambda: process.poll() is not None or len(worker_processes(process.pid)) == 2, 30)
+            before = job.done
+
+            def goes_on(before: int = before) -> bool:
+                return len(worker_processes(process.pid)) == 2 and job.done > before
+
+            wait_for(lambda: process.poll() is not None or goes_on(), 120)
     process.wait(PATIENCE_SECONDS)
     return {"killed": killed, "left": int(not wait_for(lambda: gone(seen), LEFT_SECONDS))}
 
@@ -125,7 +141,7 @@ def main() -> None:
     parser.add_argument("--workers-killed", type=int, default=50)
     parser.add_argument("--commands-killed", type=int, default=20)
     parser.add_argument("--rows", type=int, default=5000)
-    parser.add_argument("--latency", type=float, default=0.3)
+    parser.add_argument("--latency", type=float, default=1.0)
     parser.add_argument("--seconds", type=float, default=3600.0, help="kill no more after that")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
@@ -136,16 +152,22 @@ def main() -> None:
             ("workers", options.workers_killed, kill_workers),
             ("commands", options.commands_killed, kill_commands),
         ):
-            if not kills:
-                continue
-            server.reset()
-            job = Job(Path(directory), name, options.rows)
-            told = way(job, kills, random, time.monotonic() + options.seconds)
-            seen, _ = server.prompts
-            told["lost"] = job.rows - job.done
-            told["written twice"] = job.count("select count(*) from overwritten")
-            told["asked again"] = sum(seen.values()) - len(seen)
-            print(name, told, f"in flight at a kill: at most {CONCURRENCY}", flush=True)
+            until, told, jobs = time.monotonic() + options.seconds, Counter[str](), 0
+            # A job may be done before there were as many kills: then there is another.
+            while told["killed"] < kills and time.monotonic() < until:
+                server.reset()
+                job, jobs = Job(Path(directory), f"{name}{jobs}", options.rows), jobs + 1
+                told.update(way(job, kills - told["killed"], random, until))
+                seen, _ = server.prompts
+                told["lost"] += job.rows - job.done
+                told["written twice"] += job.count("select count(*) from overwritten")
+                told["asked again"] += sum(seen.values()) - len(seen)
+                print(
+                    f"{name}, {jobs} jobs:",
+                    dict(told),
+                    f"at a kill at most {CONCURRENCY} in flight",
+                    flush=True,
+                )
             bad += told["lost"] + told["written twice"] + told["left"]
             bad += told["asked again"] > told["killed"] * CONCURRENCY
     raise SystemExit(1 if bad else 0)

@@ -107,6 +107,20 @@ def test_processes_that_do_not_start_are_given_up_with_the_reason(caplog: pytest
     assert "A local worker did not start: exit status 3" in caplog.text
 
 
+def test_processes_that_somebody_kills_are_started_again_however_often() -> None:
+    processes = LocalProcesses(1, {}, tuple, python(WAITING))
+    try:
+        for _ in range(local_cluster.MOST_FAILURES + 1):
+            processes.look()
+            processes._processes[0].popen.kill()
+            processes._processes[0].popen.wait(PATIENCE_SECONDS)
+        processes.look()
+        assert len(processes._processes) == 1
+    finally:
+        processes._end()
+    assert processes.trouble is None
+
+
 WAITING = "import sys; sys.stdin.read()"
 
 
@@ -172,6 +186,25 @@ async def test_a_bench_whose_thread_does_not_start_says_so(monkeypatch: pytest.M
         await dask_actor.BenchActor("two").start()
     let_go.set()
     dask_actor._actors.clear()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_bench_that_is_busy_is_not_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dask_actor, "POLL_SECONDS", 0.01)
+    busy = threading.Event()
+    with watched(FakeModel()):
+        actor = dask_actor.BenchActor("busy")
+        await actor.start()
+        blocked = actor._there(busy.wait, PATIENCE_SECONDS)
+        assert unpacked(await actor.poll(7)) == {"batch": 7, "ended": False, "told": []}
+        busy.set()
+        assert await blocked
+        await actor.send(packed({"calls": [[1, {"model": "fake", "prompt": "x", "stream": False}]]}))
+        with anyio.fail_after(PATIENCE_SECONDS):
+            while not (told := unpacked(await actor.poll(0))["told"]):
+                pass
+        assert [(number, kind) for number, kind, _ in told] == [(1, "done")]
+        await actor.end()
 
 
 @pytest.mark.parametrize("ends", ["by itself", "with its standard input"])

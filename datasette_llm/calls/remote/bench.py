@@ -251,6 +251,11 @@ class Bench:
         call.headers.append((status, telling, age, self._clock()))
 
 
+def nothing_new(batch: int) -> bytes:
+    """Return what a poll is answered with when there is nothing to tell since this batch."""
+    return b'{"batch":%d,"ended":false,"told":[]}' % batch
+
+
 def _without_keys(told: Any) -> Any:
     """What a provider quotes of a key stays here: whoever asked may not know the worker's own."""
     if isinstance(told, str):

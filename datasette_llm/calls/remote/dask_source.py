@@ -26,9 +26,21 @@ logger = logging.getLogger("datasette_llm")
 CONNECT_SECONDS = 15.0
 #: How long an answer may take that is there already.
 ANSWER_SECONDS = 10.0
-#: How long a worker may take that has to import this package and llm's plugins first.
+#: How long a worker may take that has to import this package, llm's plugins or a provider's client first.
 OPEN_SECONDS = 60.0
 CLOSE_SECONDS = 2.0
+#: What Dask does all the time to watch itself, and shows on pages that a local cluster does not have, is off:
+#: a profile each 10 ms, a look at the loop each 20, at disks, and at tasks that could be moved.
+QUIET = {
+    "distributed.worker.profile.enabled": False,
+    "distributed.admin.tick.interval": "500ms",
+    "distributed.admin.system-monitor.interval": "5s",
+    "distributed.admin.system-monitor.disk": False,
+    "distributed.admin.system-monitor.gil.enabled": False,
+    "distributed.scheduler.work-stealing": False,
+    "distributed.scheduler.http.routes": [],
+    "distributed.worker.http.routes": [],
+}
 
 
 def load_distributed() -> Any:
@@ -136,7 +148,7 @@ class DaskLink:
         return await self._call(OPEN_SECONDS, "ask", request)
 
     async def send(self, parcel: bytes) -> None:
-        await self._call(CONNECT_SECONDS + ANSWER_SECONDS, "send", parcel)
+        await self._call(OPEN_SECONDS, "send", parcel)
 
     async def poll(self, acknowledged: int) -> bytes:
         return await self._call(CONNECT_SECONDS + POLL_SECONDS + ANSWER_SECONDS, "poll", acknowledged)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from ...errors import WorkersError
-from .dask_source import DaskSource, load_distributed
+from .dask_source import QUIET, DaskSource, load_distributed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection, Sequence
@@ -33,6 +33,8 @@ LOOK_SECONDS = 0.25
 REGISTER_SECONDS = 90.0
 #: So many in a row that did not come to work are enough.
 MOST_FAILURES = 3
+#: Somebody, or a system without memory, ended it: that says nothing about whether the next one starts.
+KILLED = (-9, -15)
 SCHEDULER_SECONDS = 60.0
 COMMAND = (sys.executable, "-m", "datasette_llm.calls.remote.local_worker")
 CLOSE_SECONDS = 3.0
@@ -88,23 +90,24 @@ class LocalProcesses:
         known = set(self._registered())
         for each in list(self._processes):
             each.came = each.came or each.popen.pid in known
-            why = self._over(each)
+            status = each.popen.poll()
+            why = self._too_late(each) if status is None else f"exit status {status}"
             if why is None:
                 continue
             self._processes.remove(each)
             _close(each.popen)
-            self._failures = 0 if each.came else self._failures + 1
-            if not each.came:
+            if each.came:
+                self._failures = 0
+            elif status not in KILLED:
+                self._failures += 1
                 logger.warning("A local worker did not start: %s", why)
                 if self._failures >= MOST_FAILURES and not any(other.came for other in self._processes):
                     self.trouble = f"local workers do not start, the last one: {why}"
         while len(self._processes) < self._count and self.trouble is None:
             self._processes.append(_Process(self._start()))
 
-    def _over(self, process: _Process) -> str | None:
-        """Say what became of a process that is of no use any more; ``None`` of the others."""
-        if process.popen.poll() is not None:
-            return f"exit status {process.popen.returncode}"
+    def _too_late(self, process: _Process) -> str | None:
+        """End a process that did not come to its scheduler, and say so; ``None`` for the others."""
         process.looks += 1
         if process.came or process.looks * LOOK_SECONDS < REGISTER_SECONDS:
             return None
@@ -152,7 +155,7 @@ async def local_cluster(count: int, command: Sequence[str] = COMMAND) -> AsyncIt
     import dask
 
     security = distributed.Security.temporary()
-    with dask.config.set({"distributed.scheduler.http.routes": []}):
+    with dask.config.set(QUIET):
         scheduler = distributed.Scheduler(
             host="127.0.0.1", port=0, protocol="tls://", security=security, dashboard=False,
             dashboard_address="127.0.0.1:0",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import anyio
 
-from .dask_source import load_distributed
+from .dask_source import QUIET, load_distributed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +42,7 @@ async def _work(told: dict[str, Any]) -> None:
     distributed = load_distributed()
     import dask
 
-    with dask.config.set({"distributed.worker.http.routes": []}):
+    with dask.config.set(QUIET):
         worker = distributed.Worker(
             told["scheduler"],
             nthreads=1,

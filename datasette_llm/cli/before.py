@@ -55,6 +55,8 @@ def show_estimate(make: Callable[[], Any], spec: JobSpec, backend: str, *, as_js
         click.echo(json.dumps(found.as_dict(), indent=2))
         return
     click.echo(_wrapped(found.line()) if sys.stdout.isatty() else found.line())
+    if not found.rows:
+        return
     click.echo(f"Told from {_BASES[found.basis]}. Rows that ask the same are asked once. Nothing was sent.")
 
 
@@ -94,8 +96,9 @@ def asking_first(
         if found.due is not None and found.due <= limit:
             return None
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            over = "above" if found.due is not None else "nobody knows whether that is above"
             raise InputProblem(
-                f"{found.line()}: above confirm_above (${limit:g}), and nobody can be asked: "
+                f"{found.line()}: {over} confirm_above (${limit:g}), and nobody can be asked: "
                 "--yes runs it all the same"
             )
         if not click.confirm("Go on?", err=True):

@@ -207,6 +207,8 @@ class Estimate:
 
     def line(self) -> str:
         """Return it as one line for people."""
+        if not self.rows:
+            return f"No row is waiting for a value: nothing would be sent to {self.model}"
         off = f" (give or take {self.input_error:.0%})" if self.input_error >= 0.005 else ""
         parts = [
             f"{counted(self.rows, 'row')} to {self.model}",

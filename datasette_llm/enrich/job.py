@@ -170,6 +170,7 @@ class EnrichJob:
             if self._spec.dry_run:
                 plan = await for_its_model(self._datasette, self._spec, plan, report)
                 await plan.preview(report)
+                await count_incomplete(self._spec, plan, report)
             else:
                 with only_job(plan.database, plan.table.name, columns):
                     plan = await self._take_up(plan, report)
@@ -186,7 +187,7 @@ class EnrichJob:
         return report
 
     async def _run_prompts(self, plan: Plan, report: EnrichReport) -> None:
-        ledger, began_with = self._ledger, plan
+        ledger = self._ledger
         recorder: Recorder | None = None
         try:
             async with anyio.create_task_group() as tasks:
@@ -242,7 +243,7 @@ class EnrichJob:
                 await write(plan.database, end)
         await count_rest(self._spec, plan, ledger, report)
         await count_in_batches(plan, report)
-        await count_incomplete(self._spec, began_with, report)
+        await count_incomplete(self._spec, plan, report)
         ledger.update_progress(report)
         await self._report_progress()
 

@@ -278,6 +278,10 @@ class Ledger:
             report.cost, report.unpriced = stats.cost, stats.unpriced
             saved = Usage(self.saved_input_tokens, self.saved_output_tokens)
             pricing = getattr(self.model, "pricing", None)
+            if report.cost is None and pricing is not None and not stats.unpriced:
+                report.cost = (
+                    0.0  # Nothing was to be paid for, which is something else than an unknown price.
+                )
             if pricing is not None and (saved.input or saved.output):
                 report.saved_cost = pricing.cost(saved)
 

@@ -19,9 +19,9 @@ from .reading.selection import FailedSelection, NamedSelection, Selection
 from .reading.stale import StaleSelection
 from .reading.table import read_table
 from .reading.template import PromptTemplate
-from .record.answers import has_no_value_sql
+from .record.answers import has_no_value_sql, is_answered_by_sql
 from .record.batches import has_batches, is_submitted_sql
-from .record.runs import find_job
+from .record.runs import find_job, smaller_runs
 
 if TYPE_CHECKING:
     import sqlite3
@@ -179,16 +179,28 @@ class Plan:
             self._shown(rows[0])
         return bool(rows)
 
-    @property
-    def incomplete(self) -> Selection | None:
-        """The rows with values in output columns that exist, and none in those that are about to be added."""
-        existing = self.outputs.existing
-        new = tuple(output.name for output in self.outputs.columns if not output.exists)
-        if not existing or not new or self.schema is None:
+    async def incomplete(self) -> tuple[Selection, tuple[str, ...]] | None:
+        """Return the rows that were answered with a smaller schema, and the columns that it lacked.
+
+        ``None`` if nothing on record was: of a value that is not, nobody knows what it answers.
+        """
+        if self.job is None or self.schema is None:
             return None
-        filled = " or ".join(f"{self.table.sql_column(name)} is not null" for name in existing)
-        where = f"({self.spec.where}\n) and ({filled})" if self.spec.where else filled
-        return Selection(self.table, (), new, where)
+        names = [output.name for output in self.outputs.columns]
+        runs = await read(self.database, partial(smaller_runs, job=self.job, columns=names))
+        if not runs:
+            return None
+        key = [f"{self.table.sql_name}.{key}" for key in self.table.key]
+        filled = [f"{self.table.sql_column(name)} is not null" for name in self.outputs.existing]
+        conditions = [
+            f"({' or '.join([*filled, has_no_value_sql(self.job, key)])})",
+            is_answered_by_sql(self.job, key, runs),
+        ]
+        if self.spec.where and self.spec.where.strip():
+            conditions.insert(0, f"({self.spec.where}\n)")
+        lacking = {name for missing in runs.values() for name in missing}
+        selection = Selection(self.table, (), (), " and ".join(conditions))
+        return selection, tuple(name for name in names if name in lacking)
 
     async def with_columns(self, write: Write = write) -> Plan:
         """Add the output columns that the table lacks; return the plan for the table as it is then."""
@@ -250,7 +262,9 @@ async def make_plan(datasette: Any, spec: JobSpec) -> Plan:
     schema = None if spec.schema is None else read_schema(spec.schema)
     outputs = _outputs(spec, table, schema)
     names = [output.name for output in outputs.columns]
-    job = await read(database, partial(find_job, table=table.name, columns=names)) if spec.record else None
+    job = None
+    if spec.record and outputs.existing:  # Else a table was made anew, and has nothing that is on record.
+        job = await read(database, partial(find_job, table=table.name, columns=names))
     if spec.stale and job is None:
         raise EnrichInputError(
             f"No answers in {table.name!r} ({outputs.label}) are on record, so none can be told to be stale: "

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # How long the rows left are counted after an early end, while somebody waits for the prompt.
 RECOUNT_SECONDS = 2.0
+# How long those are counted that an earlier schema was for: a million rows take three.
+LACKING_SECONDS = 15.0
 
 
 async def count_rest(spec: JobSpec, plan: Plan, ledger: Ledger, report: EnrichReport) -> None:
@@ -48,8 +50,12 @@ async def count_in_batches(plan: Plan, report: EnrichReport) -> None:
 
 async def count_incomplete(spec: JobSpec, plan: Plan, report: EnrichReport) -> None:
     """Count the rows that have values of a smaller schema, and lack those that are new."""
-    lacking = plan.incomplete
-    if lacking is not None and not spec.replaces:
-        with anyio.move_on_after(RECOUNT_SECONDS), suppress(EnrichError):
-            report.incomplete_columns = lacking.outputs
-            report.incomplete = await count_rows(plan.database, lacking)
+    if spec.replaces:
+        return
+    seconds = RECOUNT_SECONDS if report.stopped else LACKING_SECONDS
+    with anyio.move_on_after(seconds), suppress(EnrichError):
+        found = await plan.incomplete()
+        if found is not None:
+            rows, columns = found
+            report.incomplete = await count_rows(plan.database, rows)
+            report.incomplete_columns = columns if report.incomplete else ()

@@ -109,21 +109,36 @@ async def try_rows(datasette: Any, spec: JobSpec, number: int, models: Sequence[
         plan = await make_plan(datasette, spec)
         for doubt in plan.doubts:
             logger.warning("%s", doubt[0].upper() + doubt[1:])
-        found = await survey(plan)
+        asked: Sequence[str | None] = models or [spec.model]
+        surveys = await _surveys(datasette, plan, asked)
+        found = surveys[-1]  # Of the model that the run is for.
         rows = await _spread(plan, found, number)
         trial = Trial(plan.table.name, tuple(output.name for output in plan.outputs.columns), found.rows)
         if not rows:
             return trial
         by_model = []
-        asked: Sequence[str | None] = models or [spec.model]
-        for model in asked:
+        for model, of_model in zip(asked, surveys, strict=True):
             each = replace(spec, model=model)
-            answers, estimate = await _ask(datasette, replace(plan, spec=each), found, rows)
+            answers, estimate = await _ask(datasette, replace(plan, spec=each), of_model, rows)
             by_model.append(answers)
             trial.estimates.append(estimate)
         for of_row in zip(*by_model, strict=True):
             trial.answers.extend(of_row)
     return trial
+
+
+async def _surveys(datasette: Any, plan: Plan, models: Sequence[str | None]) -> list[Survey]:
+    """Return for each model the rows that wait: the same ones, unless a row is stale for one of them only."""
+    from datasette_llm.facade import LLM
+
+    spec = plan.spec
+    if not spec.stale:
+        return [await survey(plan)] * len(models)
+    facade = LLM(datasette)
+    return [
+        await survey(plan.for_model(await facade.model(model, purpose=spec.purpose, actor=spec.actor)))
+        for model in models
+    ]
 
 
 async def _spread(plan: Plan, found: Survey, number: int) -> list[Row]:

@@ -40,10 +40,12 @@ async def first_rows(database: Any, source: Source, size: int) -> list[Row]:
     if size < 1:
         return []
     rows, after = await read(database, partial(source.page, after=None, size=size))
+    looked_at = FIRST_PAGE_ROWS
     while len(rows) < size and after is not None:
         # A page may hold fewer rows than there are: those it looked at need not be to do any more.
-        more, after = await read(database, partial(source.page, after=after, size=FIRST_PAGE_ROWS))
+        more, after = await read(database, partial(source.page, after=after, size=looked_at))
         rows += more
+        looked_at = min(looked_at * 3, PAGE_ROWS)
     return rows[:size]
 
 

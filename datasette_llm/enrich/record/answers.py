@@ -60,6 +60,13 @@ def note_answers(conn: sqlite3.Connection, run: RunId, answers: Iterable[Answere
     )
 
 
+def forget_answers(conn: sqlite3.Connection, job: int, keys: Iterable[Sequence[Any]]) -> None:
+    """Forget what rows were asked, since their values answer something that is not on record."""
+    conn.executemany(
+        f"delete from {ANSWERS_TABLE} where job = ? and pk = ?", [(job, noted_key(key)) for key in keys]
+    )
+
+
 def find_answered(conn: sqlite3.Connection, job: int, question: bytes) -> tuple[Any, int, int] | None:
     """Return a row of this job that was asked this very question: its noted key, tokens in and out."""
     sql = f"""
@@ -79,6 +86,12 @@ def has_no_value_sql(job: int, key: Sequence[str]) -> str:
     """
     its = f"job = {int(job)} and pk = {noted_key_sql(key)}"
     return f"exists (select 1 from {ANSWERS_TABLE} where {its} and no_value)"
+
+
+def is_answered_by_sql(job: int, key: Sequence[str], runs: Iterable[int]) -> str:
+    """Return the SQL condition on a row: what it was last asked, it was asked by one of these runs."""
+    its = f"job = {int(job)} and pk = {noted_key_sql(key)}"
+    return f"exists (select 1 from {ANSWERS_TABLE} where {its} and run in ({', '.join(map(str, runs))}))"
 
 
 def question_sql(job: int, key: Sequence[str]) -> str:

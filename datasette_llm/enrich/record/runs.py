@@ -134,6 +134,16 @@ def find_job(conn: sqlite3.Connection, table: str, columns: Sequence[str]) -> in
     return None
 
 
+def smaller_runs(conn: sqlite3.Connection, job: int, columns: Sequence[str]) -> dict[int, list[str]]:
+    """Return the runs of a job that did not fill all of these columns, and which of them each lacks."""
+    lacking = {}
+    for run, noted in conn.execute(f'select id, "columns" from {RUNS_TABLE} where job = ?', (job,)):
+        filled = {name.lower() for name in json.loads(noted)}
+        if missing := [name for name in columns if name.lower() not in filled]:
+            lacking[int(run)] = missing
+    return lacking
+
+
 def add_numbers(conn: sqlite3.Connection, run: RunId, numbers: RunNumbers) -> None:
     """Add what a transaction does to the run's row, in that transaction."""
     changes = {

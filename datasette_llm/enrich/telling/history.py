@@ -6,7 +6,7 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from .invocation import datasette_words
-from .words import counted
+from .words import counted, dollars
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,6 +22,8 @@ def run_line(run: Mapping[str, Any]) -> str:
     parts.append(f"{counted(run['written'], 'row')} written")
     if run["failed"]:
         parts.append(f"{run['failed']:,} failed")
+    if run["cost"] is not None:
+        parts.append(dollars(run["cost"]))
     parts.append(_outcome(run))
     return ", ".join(parts)
 
@@ -36,7 +38,7 @@ def one_run(run: Mapping[str, Any], database: str) -> str:
         f"{counted(run['written'], 'row')} written, of these {reused} and {run['no_value']:,} with no value",
         f"{counted(run['failed'], 'row')} failed, {run['skipped']:,} skipped",
         f"{counted(run['input_tokens'], 'token')} in, {run['output_tokens']:,} out"
-        + (f", ${run['cost']:.4f}" if run["cost"] is not None else ""),
+        + (f", {dollars(run['cost'])}" if run["cost"] is not None else ", no price known"),
     ]
     versions = ", ".join(f"{name} {version}" for name, version in (run["versions"] or {}).items())
     lines += [f"Versions: {versions}"] if versions else []

@@ -155,7 +155,7 @@ class EnrichReport:
         resume_where: after an early end with ``overwrite``: an SQL condition for the rows not done
             yet. Without ``overwrite`` the same call goes on by itself.
         run: its number in the record, if it has one.
-        incomplete: rows that have values of an earlier schema and none for ``incomplete_columns``.
+        incomplete: rows that were answered with an earlier schema, which lacked ``incomplete_columns``.
         submitted: rows that were put into batches.
         in_batches: rows that are in batches, and were left alone; of a run with batches, those that still
             have no answer.
@@ -345,9 +345,8 @@ class EnrichReport:
 
     def _dry_summary(self, where: str) -> str:
         if not self.total:
-            return (
-                f"Dry run: no row of {where} is waiting for a value; nothing would be sent to {self.model}."
-            )
+            nothing = f"no row of {where} is waiting for a value; nothing would be sent to {self.model}."
+            return "\n".join([f"Dry run: {nothing}", *self._incomplete()])
         lines = [
             f"Dry run: {counted(self.total, 'row')} of {where} would be sent to {self.model}; nothing was."
         ]
@@ -357,6 +356,7 @@ class EnrichReport:
         for number, prompt in enumerate(self.prompts, 1):
             shown = prompt if len(prompt) <= 1_000 else f"{prompt[:1_000]}... ({len(prompt):,} characters)"
             lines.append(f"--- prompt {number} ---\n{shown}")
+        lines += self._incomplete()
         return "\n".join(lines)
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import AnswerError
 from ..record import failures
+from ..record.answers import forget_answers
+from ..record.runs import find_job
 from ..sql import quote
 from ..telling.kinds import group_of
 from .results import Outcome, Result
@@ -43,6 +45,7 @@ class Landing:
         table, outputs = plan.table, plan.outputs
         self._table = table
         self._label = outputs.label
+        self._columns = [output.name for output in outputs.columns]
         self._model_id = model_id
         self._recorder = recorder
         overwrite = plan.spec.replaces if overwrite is None else overwrite
@@ -98,10 +101,18 @@ class Landing:
             else:
                 outcome.changed.append(result)
         run = self._recorder.note(conn, outcome) if self._recorder is not None else None
+        if self._recorder is None:
+            self._forget(conn, outcome)
         conn.commit()
         if self._recorder is not None and run is not None:
             self._recorder.committed(run)
         return outcome
+
+    def _forget(self, conn: sqlite3.Connection, outcome: Outcome) -> None:
+        """Have nothing on record of values that are written without one."""
+        job = find_job(conn, self._table.name, self._columns)
+        if job is not None:
+            forget_answers(conn, job, [result.row.key for result in outcome.written])
 
     def _update_row(self, conn: sqlite3.Connection, result: Result) -> bool:
         sql, parameters = self._update, [*(result.values or ()), *result.row.key]

@@ -10,24 +10,24 @@ over another one.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import signal
 import sqlite3
-import sys
-import tempfile
 import time
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from random import Random
+from typing import TYPE_CHECKING
 
 from .batch_provider import BatchProvider, Settings
+from .killing import MODEL_ID, run_command, write_model
 from .launch import own_environment
 from .provider import answer_text
 
-MODEL_ID = "loopback"
+if TYPE_CHECKING:
+    from pathlib import Path
+
 HOUR = 3_600.0
 PATIENCE_SECONDS = 300.0
 LOOK_SECONDS = 0.002
@@ -85,7 +85,20 @@ class Found:
 
     kills: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    figures: dict[str, int] = field(default_factory=dict)
     runs: int = 0
+
+    def __str__(self) -> str:
+        rows = sum(len(table.prompts) for table in self.tables)
+        states = {state: self.kills.count(state) for state in sorted(set(self.kills))}
+        return "\n".join(
+            [
+                f"{len(self.kills)} kills in {self.runs} runs, {len(self.tables)} tables, {rows} rows",
+                "killed while: " + ", ".join(f"{state} {count}" for state, count in states.items()),
+                *(f"{what}: {count}" for what, count in self.figures.items()),
+            ]
+        )
 
 
 def enrich(path: Path, size: int, environment: dict[str, str]) -> None:
@@ -139,9 +152,7 @@ def kill_again_and_again(kills: int, rows: int, batch_size: int, seed: int, dire
     os.environ.update(own_environment(llm_directory))
     _FORKS.set_forkserver_preload(_LOADED)
     with BatchProvider(Settings(seconds=HOUR)).running() as provider:
-        (llm_directory / "extra-openai-models.yaml").write_text(
-            f"- model_id: {MODEL_ID}\n  model_name: bench\n  api_base: {provider.url}/v1\n"
-        )
+        write_model(llm_directory, f"{provider.url}/v1")
         # How long it takes.
         _, longest = run(Table(directory, 0, rows), llm_directory, batch_size, None)
         tables = [Table(directory, 1, rows)]
@@ -182,28 +193,8 @@ def judge(found: Found, tables: list[Table], provider: BatchProvider) -> None:
         ),
     }
     found.problems += [f"{count} {what}" for what, count in figures.items() if count]
-    rows = sum(len(table.prompts) for table in tables)
-    states = {state: found.kills.count(state) for state in sorted(set(found.kills))}
-    print(f"{len(found.kills)} kills in {found.runs} runs, {len(tables)} tables, {rows} rows")
-    print("killed while: " + ", ".join(f"{state} {count}" for state, count in states.items()))
-    for what, count in figures.items():
-        print(f"{what}: {count}")
-
-
-def main() -> None:
-    """Read the command line, run, and exit with 1 if something was lost or done twice."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.batch_kill", description=__doc__)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--rows", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
-        found = kill_again_and_again(given.kills, given.rows, given.batch_size, given.seed, Path(directory))
-    for problem in found.problems[:20]:
-        print(f"problem: {problem}")
-    sys.exit(1 if found.problems else 0)
+    found.tables, found.figures = tables, figures
 
 
 if __name__ == "__main__":
-    main()
+    run_command("batch_kill", __doc__, kill_again_and_again, kills=50, rows=1000, batch_size=100, seed=0)

@@ -17,8 +17,9 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from .batch_kill import HOUR, MODEL_ID
+from .batch_kill import HOUR
 from .batch_provider import BatchProvider, Settings
+from .killing import MODEL_ID, write_model
 from .launch import ROOT, own_environment
 
 PAUSE_SECONDS = 0.2
@@ -103,9 +104,7 @@ def main() -> None:
         directory = Path(name)
         path, llm_directory = directory / "jobs.db", directory / "llm"
         llm_directory.mkdir()
-        (llm_directory / "extra-openai-models.yaml").write_text(
-            f"- model_id: {MODEL_ID}\n  model_name: bench\n  api_base: {provider.url}/v1\n"
-        )
+        write_model(llm_directory, f"{provider.url}/v1")
         with closing(sqlite3.connect(path)) as database:
             database.execute("pragma journal_mode = wal")
             database.execute("create table jobs (id integer primary key, text text)")

@@ -15,41 +15,25 @@ Exit code 1 if anything disagrees.
 
 from __future__ import annotations
 
-import argparse
-import asyncio
 import sqlite3
-import sys
-import tempfile
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from random import Random
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
 from datasette_llm.enrich.question import QuestionHasher
 
-from .kill import MODEL_ID, PROVIDER, Kill, Table, Witness, live
+from .killing import MODEL_ID, Killer, Table, run_command, witness
 from .provider import answer_text
-from .wire import Connection
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 EDITED = 0.3
 ALIKE = 10
-
-
-@dataclass
-class Found:
-    """What came of it.
-
-    Attributes:
-        kills: by what was going on.
-        compared: rows that were compared with the record, over all kills.
-        problems: what disagrees.
-    """
-
-    kills: dict[str, int] = field(default_factory=dict)
-    compared: int = 0
-    problems: list[str] = field(default_factory=list)
 
 
 def disagreements(copy: Path, asked: dict[int, set[str]], hasher: QuestionHasher) -> tuple[int, list[str]]:
@@ -104,67 +88,64 @@ def make_alike(table: Table) -> None:
             database.execute("update jobs set text = ? where id = ?", (table.prompts[key], key))
 
 
-async def kill_and_compare(kills: int, rows: int, longest: float, seed: int, directory: Path) -> Found:
-    """Do it, in this directory; the arguments are those of ``benchmarks.kill``."""
+@dataclass
+class Found:
+    """What came of it.
+
+    Attributes:
+        kills: by what was going on.
+        compared: rows that were compared with the record, over all kills.
+        problems: what disagrees.
+    """
+
+    kills: dict[str, int] = field(default_factory=dict)
+    compared: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def compare(self, step: str, table: Table, asked: dict[int, set[str]], hasher: QuestionHasher) -> None:
+        """Note what disagrees in the copy of a table."""
+        compared, problems = disagreements(table.copy, asked, hasher)
+        self.compared += compared
+        self.problems += [f"{table.path.name}, {step}: {problem}" for problem in problems]
+
+    def __str__(self) -> str:
+        return (
+            f"{sum(self.kills.values())} kills: {self.kills}\n"
+            f"rows compared with the record: {self.compared}; disagreements: {len(self.problems)}"
+        )
+
+
+async def _kill(kills: int, rows: int, longest: float, seed: int, directory: Path) -> Found:
     random, found = Random(seed), Found()
-    provider = Witness(PROVIDER.changed({"seed": seed}))
     hasher = QuestionHasher(MODEL_ID)
-    server = await asyncio.get_running_loop().create_server(lambda: Connection(provider), "127.0.0.1", 0)
-    llm_directory = directory / "llm"
-    llm_directory.mkdir()
-    (llm_directory / "extra-openai-models.yaml").write_text(
-        f"- model_id: {MODEL_ID}\n  model_name: bench\n"
-        f"  api_base: http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1\n"
-    )
-    try:
+    async with witness(directory, seed) as (provider, llm_directory):
+        killer = Killer(provider, llm_directory, random, kills, longest)
         number = 0
-        while sum(found.kills.values()) < kills and not found.problems:
+        while killer.has_more and not found.problems:
             table = Table(directory, number, rows)
             # Every second one has rows that ask the same, every one is edited when it is full.
-            doing = "rows alike" if number % 2 else "all rows"
-            if number % 2:
+            alike = bool(number % 2)
+            if alike:
                 make_alike(table)
             number += 1
             asked = {key: {prompt} for key, prompt in table.prompts.items()}
-            for step in (doing, "stale rows"):
-                options = ("--stale",) if step == "stale rows" else ()
-                if options:
+            for step in ("rows alike" if alike else "all rows", "stale rows"):
+                compare = partial(found.compare, step, table, asked, hasher)
+                before = len(killer.kills)
+                if step == "stale rows":
                     edit(table, asked, random, number)
-                while sum(found.kills.values()) < kills:
-                    outcome = await live(table, provider, llm_directory, random.uniform(0, longest), *options)
-                    compared, problems = disagreements(table._copy, asked, hasher)
-                    found.compared += compared
-                    found.problems += [f"{table.path.name}, {step}: {problem}" for problem in problems]
-                    if not isinstance(outcome, Kill):
-                        found.problems += [outcome] if outcome else []
-                        break
-                    found.kills[step] = found.kills.get(step, 0) + 1
-                    total = sum(found.kills.values())
-                    if total % 10 == 0:
-                        print(f"{total} kills, {len(found.problems)} disagreements", flush=True)
-    finally:
-        server.close()
+                    said = await killer.fill(table, "--stale", looked=compare)
+                else:
+                    said = await killer.fill(table, looked=compare)
+                found.problems += [said] if said else []
+                found.kills[step] = found.kills.get(step, 0) + len(killer.kills) - before
     return found
 
 
-def main() -> None:
-    """Read the command line, run, and exit with 1 if anything disagrees."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kill_record", description=__doc__)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--rows", type=int, default=600)
-    parser.add_argument("--longest", type=float, default=2.0, help="seconds from first answer to kill")
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
-        found = anyio.run(
-            kill_and_compare, given.kills, given.rows, given.longest, given.seed, Path(directory)
-        )
-    print(f"{sum(found.kills.values())} kills: {found.kills}")
-    print(f"rows compared with the record: {found.compared}; disagreements: {len(found.problems)}")
-    for problem in found.problems[:20]:
-        print(f"problem: {problem}")
-    sys.exit(1 if found.problems else 0)
+def kill_and_compare(**given: Any) -> Found:
+    """Do it; the arguments are those of the command line, and where files go."""
+    return anyio.run(partial(_kill, **given))
 
 
 if __name__ == "__main__":
-    main()
+    run_command("kill_record", __doc__, kill_and_compare, kills=50, rows=600, longest=2.0, seed=0)

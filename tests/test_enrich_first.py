@@ -12,7 +12,7 @@ import yaml
 from click.testing import CliRunner
 from datasette.cli import cli
 
-from datasette_llm.enrich import JobSpec, estimate
+from datasette_llm.enrich import JobSpec, enrich, estimate
 from datasette_llm.enrich.estimate import estimate_job, survey
 from datasette_llm.enrich.plan import make_plan
 from datasette_llm.enrich.reading import selection
@@ -151,6 +151,54 @@ def test_above_the_limit_nobody_who_could_be_asked_means_no(file: TableFile, tmp
         file.run("update t set answer = null")
         done = command(file, tmp_path, "-m", "fake", "--yes", "--no-reuse", confirm_above=1)
         assert done.exit_code == 0, done.output
+
+
+@pytest.mark.real_clock
+async def test_of_stale_rows_those_of_each_model_are_tried_and_counted(file: TableFile) -> None:
+    datasette = file.datasette(config=PRICES)
+    with registered(Counting(), Counting(model_id="other")):
+        await enrich(datasette, "data", "t", "{{ body }}", column="answer", model="fake", limit=50)
+        file.run("update t set body = 'edited ..' || id where id <= 4")
+        trial = await try_rows(datasette, spec(stale=True), 2, ["other", "fake"])
+        none = await try_rows(datasette, spec(stale=True, where="id > 4"), 2)
+    assert [whole.rows for whole in trial.estimates] == [50, 4]
+    assert (trial.waiting, {tried.pk for tried in trial.answers}) == (4, {(2,), (4,)})
+    assert (none.waiting, none.answers) == (0, [])
+
+
+@pytest.mark.real_clock
+async def test_rows_whose_answers_were_known_cost_nothing(file: TableFile) -> None:
+    datasette = file.datasette(config=PRICES)
+    with registered(Counting()):
+        await enrich(datasette, "data", "t", "{{ body }}", column="answer", model="fake", limit=2)
+        file.run("update t set body = 'row 001 ..' where id > 98")
+        report = await enrich(
+            datasette, "data", "t", "{{ body }}", column="answer", model="fake", where="id > 98"
+        )
+    assert (report.written, report.reused, report.cost, report.saved_cost) == (2, 2, 0.0, 12.0)
+
+
+def test_of_a_model_without_a_price_nobody_knows_whether_it_is_too_much(
+    file: TableFile, tmp_path: Path
+) -> None:
+    with registered(Counting(model_id="unlisted")):
+        done = command(file, tmp_path, "-m", "unlisted", confirm_above=1)
+    assert done.exit_code == 2
+    assert "no price known: nobody knows whether that is above confirm_above ($1)" in done.output
+
+
+def test_one_model_answers_a_run(file: TableFile, tmp_path: Path) -> None:
+    with registered(Counting(), Counting(model_id="other")):
+        done = command(file, tmp_path, "-m", "fake", "-m", "other")
+    assert done.exit_code == 2
+    assert "Several models are compared with --try N" in done.output
+    assert file.run("select name from pragma_table_info('t')") == [("id",), ("body",)]
+
+
+def test_an_estimate_of_nothing_says_so(file: TableFile, tmp_path: Path) -> None:
+    with registered(Counting()):
+        done = command(file, tmp_path, "-m", "fake", "--estimate", "--where", "id > 1000")
+    assert done.stdout == "No row is waiting for a value: nothing would be sent to fake\n"
 
 
 def test_the_command_stops_at_max_cost_and_says_how_to_go_on(file: TableFile, tmp_path: Path) -> None:

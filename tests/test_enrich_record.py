@@ -189,8 +189,57 @@ async def test_a_schema_that_grew_makes_its_column_and_says_who_waits_for_it(fil
         assert "60 rows have values of an earlier schema and no reason yet: --stale" in report.summary()
         assert model.prompts == []
         grown = await file.enrich("t", "{{ body }}", schema="mood, tone, reason", stale=True)
-    assert (grown.written, len(model.prompts)) == (60, 3)
+        assert (grown.written, grown.incomplete, len(model.prompts)) == (60, 0, 3)
+        done = await file.enrich("t", "{{ body }}", schema="mood, tone, reason")
+    assert (done.incomplete, done.incomplete_columns) == (0, ())
     assert file.run("select count(*) from t where reason is null") == [(0,)]
+
+
+async def test_rows_of_an_earlier_schema_are_told_of_until_they_are_asked_again(file: TableFile) -> None:
+    schema = {"type": "object", "properties": {"mood": {"type": ["string", "null"]}}}
+
+    async def answer(prompt: str) -> AsyncGenerator[str, None]:
+        yield json.dumps({"mood": None if prompt == "red" else prompt, "reason": prompt})
+
+    async def told(**keywords: Any) -> tuple[int, tuple[str, ...]]:
+        report = await file.enrich("t", "{{ body }}", schema=grown, **keywords)
+        assert ("--stale asks again" in report.summary()) == bool(report.incomplete)
+        return report.incomplete, report.incomplete_columns
+
+    with fake_model(answer):
+        await file.enrich("t", "{{ body }}", schema=schema, where="id <= 30")
+        file.run("update t set mood = 'typed' where id = 60")
+        grown = {**schema, "properties": {**schema["properties"], "reason": {"type": "string"}}}  # type: ignore[dict-item]
+        assert await told(dry_run=True, where="id < 4") == (3, ("reason",)), "one of them has no value"
+        assert await told(dry_run=True) == (30, ("reason",))
+        assert await told(limit=1) == (30, ("reason",)), "what is new was asked with the schema of now"
+        await file.enrich("t", "{{ body }}", schema=grown, stale=True, limit=10)
+        assert await told() == (20, ("reason",)), "though the column is there by now"
+        assert await told(record=False) == (0, ())
+
+
+async def test_what_is_written_without_a_record_leaves_none_of_what_it_replaces(file: TableFile) -> None:
+    with fake_model(said):
+        await file.enrich("t", "{{ body }}", column="answer")
+        await file.enrich("t", "New {{ body }}", column="answer", overwrite=True, record=False, limit=20)
+        assert file.run("select count(*), min(pk) from _llm_answers") == [(40, 21)]
+        stale = await file.enrich("t", "{{ body }}", column="answer", stale=True, dry_run=True)
+    assert stale.total == 0, "of what is not on record nobody knows"
+
+
+async def test_a_table_made_anew_has_no_answers_of_the_old_one(file: TableFile) -> None:
+    schema = {"type": "object", "properties": {"mood": {"type": ["string", "null"]}}}
+
+    async def none(prompt: str) -> AsyncGenerator[str, None]:
+        yield json.dumps({"mood": None})
+
+    with fake_model(none) as model:
+        await file.enrich("t", "{{ body }}", schema=schema)
+        file.run("drop table t")
+        file.run("create table t (id integer primary key, body text)")
+        file.run("insert into t (body) values ('brown'), ('pink')")
+        report = await file.enrich("t", "{{ body }}", schema=schema)
+    assert (report.written, report.no_value, model.prompts[3:]) == (2, 2, ["brown", "pink"])
 
 
 async def test_without_a_record_nothing_is_recorded_and_nothing_can_be_stale(file: TableFile) -> None:

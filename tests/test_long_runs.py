@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from benchmarks.gauges import Books, Figures
-from benchmarks.kill import Found, Kill, Table
+from benchmarks.kill import Found
+from benchmarks.killing import Kill, Table
 from benchmarks.launch import ROOT
 from benchmarks.load import Load
 from benchmarks.provider import Provider, Settings, answer_text

@@ -187,14 +187,6 @@ def test_of_a_model_without_a_price_nobody_knows_whether_it_is_too_much(
     assert "no price known: nobody knows whether that is above confirm_above ($1)" in done.output
 
 
-def test_one_model_answers_a_run(file: TableFile, tmp_path: Path) -> None:
-    with registered(Counting(), Counting(model_id="other")):
-        done = command(file, tmp_path, "-m", "fake", "-m", "other")
-    assert done.exit_code == 2
-    assert "Several models are compared with --try N" in done.output
-    assert file.run("select name from pragma_table_info('t')") == [("id",), ("body",)]
-
-
 def test_an_estimate_of_nothing_says_so(file: TableFile, tmp_path: Path) -> None:
     with registered(Counting()):
         done = command(file, tmp_path, "-m", "fake", "--estimate", "--where", "id > 1000")

@@ -96,9 +96,13 @@ def asking_first(
         if found.due is not None and found.due <= limit:
             return None
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
-            over = "above" if found.due is not None else "nobody knows whether that is above"
+            if found.due is None:
+                raise InputProblem(
+                    f"{found.line()}: nobody knows whether that is above confirm_above (${limit:g}), "
+                    "and nobody can be asked: --yes runs it all the same"
+                )
             raise InputProblem(
-                f"{found.line()}: {over} confirm_above (${limit:g}), and nobody can be asked: "
+                f"{found.line()}: above confirm_above (${limit:g}), and nobody can be asked: "
                 "--yes runs it all the same"
             )
         if not click.confirm("Go on?", err=True):

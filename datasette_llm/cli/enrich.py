@@ -282,8 +282,6 @@ def enrich_command(
         if asked["workers"] is not None:
             raise click.UsageError("--workers starts processes and --scheduler has some: give one of them.")
         asked["workers"] = scheduler
-    if len(models) > 1 and number is None:
-        raise click.UsageError("Several models are compared with --try N; else one answers: give one -m.")
     check_header(database)
     if queries and not models:
         models = (find_model(queries),)

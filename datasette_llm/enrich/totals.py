@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # How long the rows left are counted after an early end, while somebody waits for the prompt.
 RECOUNT_SECONDS = 2.0
-# How long those are counted that an earlier schema was for: a million rows take three.
+# How long those are counted that an earlier schema was for: of a big table that takes seconds.
 LACKING_SECONDS = 15.0
 
 

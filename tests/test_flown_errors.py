@@ -109,3 +109,51 @@ def test_a_known_class_catches_it_and_an_unknown_one_is_there_in_name() -> None:
     there = flown(unknown)
     assert isinstance(there, ConnectionError)
     assert (type(there).__module__, type(there).__qualname__) == ("some.sdk", "Strange")
+
+
+class Insists(Exception):
+    """Cannot be made without its argument."""
+
+    def __new__(cls, *arguments: object) -> Insists:
+        if not arguments:
+            raise TypeError("an argument is missing")
+        return super().__new__(cls, *arguments)
+
+
+class Broken(Exception):
+    """Cannot even be printed."""
+
+    @property
+    def status(self) -> int:
+        raise RuntimeError("never set")
+
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+    __repr__ = __str__
+
+
+class Dumped:
+    def model_dump(self) -> dict[str, int]:
+        return {"k": 1}
+
+
+def test_errors_that_resist_cross_all_the_same() -> None:
+    there = flown(Insists("words"))
+    assert (type(there).__name__, str(there), repr(there)) == ("Insists", "words", "Insists('words')")
+    assert not isinstance(there, Insists)
+    there = flown(Broken())
+    assert isinstance(there, Broken)
+    assert (str(there), repr(there)) == ("Broken", "Broken()")
+
+
+def test_an_errors_body_notes_and_context_cross() -> None:
+    error = ValueError("outer")
+    error.body = {"a": [1, b"x", Dumped()], "b": object()}  # type: ignore[attr-defined]
+    setattr(error, "__notes__", ["a note"])  # noqa: B010 - older Pythons do not know it
+    error.__context__ = KeyError("inner")
+    there: Any = flown(error)
+    assert there.body == {"a": [1, "x", {"k": 1}], "b": None}
+    assert isinstance(there.__context__, KeyError)
+    if hasattr(there, "add_note"):
+        assert there.__notes__ == ["a note"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Tag, model_validator
 
 from ..pace.policy import ConcurrencyBounds, PromptSettings, RateLimit
+from .configured_batches import USUAL_SECONDS, CollectBatches
 from .configured_workers import ConfiguredWorkers  # noqa: TC001 - pydantic reads it
 from .values import (
     Dollars,
@@ -159,6 +160,7 @@ class PluginSettings(Pace):
     enforce: Literal["all", "config", "none"] | None = None
     rate_limits: dict[str, RateLimits | None] | None = None
     prices: dict[str, ModelPrice | None] | None = None
+    collect_batches: CollectBatches = USUAL_SECONDS
 
     def purpose(self, name: str | None) -> PurposeSettings | None:
         """Return the section of a purpose, if it has one."""

@@ -34,7 +34,13 @@ class Ground:
 
 
 class Way(Protocol):
-    """A way to have rows answered that is not one prompt after the other."""
+    """A way to have rows answered that is not one prompt after the other.
+
+    Attributes:
+        asks: whether rows that wait are asked about, beside what has been sent before.
+    """
+
+    asks: bool
 
     def open_group(self, spec: JobSpec) -> AbstractAsyncContextManager[Any]:
         """Open the group that the prompts belong to."""

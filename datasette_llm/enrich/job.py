@@ -109,6 +109,12 @@ class EnrichJob:
         )
         self._ledger = Ledger(spec)
         self._prompting: anyio.CancelScope | None = None
+        self._recorder: Recorder | None = None
+
+    @property
+    def number(self) -> int | None:
+        """The number of the run, once it is on record."""
+        return None if self._recorder is None else self._recorder.number
 
     @property
     def progress(self) -> EnrichProgress:
@@ -176,8 +182,7 @@ class EnrichJob:
                     plan = await self._take_up(plan, report)
                     if self._spec.stale:
                         plan = await for_its_model(self._datasette, self._spec, plan, report)
-                    waits = await plan.check_first_row()
-                    if waits or (self._way is not None and await self._way.has_work(plan)):
+                    if await self._is_work_left(plan):
                         await self._run_prompts(plan, report)
                     else:
                         await self._make_columns(plan, report)
@@ -185,6 +190,11 @@ class EnrichJob:
                         report.total = report.remaining = 0
             report.elapsed = ledger.elapsed
         return report
+
+    async def _is_work_left(self, plan: Plan) -> bool:
+        way = self._way
+        waits = (way is None or way.asks) and await plan.check_first_row()
+        return waits or (way is not None and await way.has_work(plan))
 
     async def _run_prompts(self, plan: Plan, report: EnrichReport) -> None:
         ledger = self._ledger
@@ -201,7 +211,7 @@ class EnrichJob:
                         self._spec.check_model(model, plan.schema)
                         plan = plan.for_model(model)
                         await plan.check_attachments(model.model_id)
-                        recorder = recorder_of(plan, model.model_id, versions_of(model))
+                        recorder = self._recorder = recorder_of(plan, model.model_id, versions_of(model))
                         await self._announce(plan, recorder)
                         writer = self._open_writer(plan, report, recorder)
                         tasks.start_soon(_run_then_set, writer, written)

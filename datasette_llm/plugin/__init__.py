@@ -27,15 +27,23 @@ plugin_manager()  # From here on Datasette knows the hooks, before any plugin's 
 @hookimpl
 def startup(datasette: Datasette) -> None:
     """Stop on a wrong configuration; what is less urgent is done when the server is up."""
+    if hasattr(datasette, "add_background_task"):  # Datasette 1.0a40 and later
+        datasette.add_background_task(_collect_batches, name="datasette-llm: collect batches")
     if datasette.plugin_config(PLUGIN_NAME) is None:
         return
     from ..access.starting import check_now, prepare, warn
 
     check_now(datasette)
-    if hasattr(datasette, "add_background_task"):  # Datasette 1.0a40 and later
+    if hasattr(datasette, "add_background_task"):
         datasette.add_background_task(prepare, name="datasette-llm: prepare for prompts")
     else:
         warn(datasette)
+
+
+async def _collect_batches(datasette: Datasette) -> None:
+    from ..pages.jobs.collecting import keep_collecting
+
+    await keep_collecting(datasette)
 
 
 @hookimpl(optionalhook=True)  # Datasette 1.0a40 and later

@@ -26,7 +26,7 @@ from .outbox import in_transaction
 from .submission import Submission
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Container
     from contextlib import AbstractAsyncContextManager
 
     from datasette_llm.calls.batches.protocol import Batch, BatchProtocol
@@ -52,10 +52,19 @@ class BatchWay:
     Args:
         datasette: the Datasette that has the database.
         poll_seconds: how often the provider is asked, while somebody waits.
+        only: collect these batches of the record, and send nothing; by default all of the same prompt.
     """
 
-    def __init__(self, datasette: Any, *, poll_seconds: float = POLL_SECONDS) -> None:
+    def __init__(
+        self,
+        datasette: Any,
+        *,
+        poll_seconds: float = POLL_SECONDS,
+        only: Container[int] | None = None,
+    ) -> None:
         self._datasette = datasette
+        self._only = only
+        self.asks = only is None
         self._poll_seconds = poll_seconds
         self._failed: set[tuple[SQLValue, ...]] = set()
 
@@ -130,6 +139,9 @@ class _Run:
 
     async def go(self, spec: JobSpec) -> None:
         try:
+            if self._way._only is not None:
+                await self._collect()
+                return
             await self._recover()
             if spec.batch_cancel:
                 await self._cancel()
@@ -153,7 +165,15 @@ class _Run:
         return self._ground.ledger.is_over() and self._ground.ledger.stopping is not None
 
     async def _ours(self) -> list[BatchRecord]:
-        return [record for record in await self._courier.batches(self._job) if record.asked == self._asked]
+        records, only = await self._courier.batches(self._job), self._way._only
+        if only is not None:
+            records = [record for record in records if record.id in only]
+            if any(record.asked != self._asked for record in records):
+                raise EnrichInputError(
+                    "The batches were submitted with another model, or other options of it, than are "
+                    "configured here: the command that submitted them collects them"
+                )
+        return [record for record in records if record.asked == self._asked]
 
     async def _recover(self) -> None:
         job = self._job

@@ -17,7 +17,7 @@ States of a batch:
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from .keys import noted_key, noted_key_sql
@@ -74,6 +74,7 @@ class BatchRecord:
     """A batch as it is recorded; the columns of the table explain each of these."""
 
     id: int
+    run: int
     reference: str
     asked: str
     provider: str
@@ -85,12 +86,16 @@ class BatchRecord:
     answered: int
     attempted: int | None
     expires: str | None
+    ended: str | None
+    error: str | None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether rows are in it."""
+        return self.state in OPEN
 
 
-_FIELDS = (
-    "id", "reference", "asked", "provider", "state", "batch", "says", "requests", "tokens", "answered",
-    "attempted", "expires",
-)  # fmt: skip
+_FIELDS = tuple(each.name for each in fields(BatchRecord))
 
 
 def make_batch_tables(conn: sqlite3.Connection) -> None:
@@ -146,6 +151,8 @@ def release_orphans(conn: sqlite3.Connection, job: int) -> int:
 
 def change_batch(conn: sqlite3.Connection, number: int, /, **values: Any) -> None:
     """Record what has become of a batch."""
+    if values.get("state", OPEN[0]) not in OPEN:
+        values["ended"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     sets = ", ".join(f'"{name}" = ?' for name in values)
     conn.execute(f"update {BATCHES_TABLE} set {sets} where id = ?", [*values.values(), number])
 
@@ -164,14 +171,31 @@ def settle_rows(conn: sqlite3.Connection, job: int, keys: Iterable[Sequence[SQLV
 
 def open_batches(conn: sqlite3.Connection, job: int) -> list[BatchRecord]:
     """Return the batches of a job that have rows in them: what expires first is first."""
+    marks = ", ".join("?" for _ in OPEN)
+    return _select(conn, f"job = ? and state in ({marks})", job, *OPEN)
+
+
+def running_batches(conn: sqlite3.Connection) -> list[BatchRecord]:
+    """Return the batches that a provider has, of all jobs: what expires first is first."""
+    return _select(conn, "state = 'running' and batch is not null")
+
+
+def batches_of_runs(conn: sqlite3.Connection, runs: Sequence[int]) -> dict[int, list[BatchRecord]]:
+    """Return the batches that these runs have submitted, those of a run in the order in which it did."""
+    marks = ", ".join("?" for _ in runs)
+    found: dict[int, list[BatchRecord]] = {}
+    for record in sorted(_select(conn, f"run in ({marks})", *runs), key=lambda each: each.id):
+        found.setdefault(record.run, []).append(record)
+    return found
+
+
+def _select(conn: sqlite3.Connection, condition: str, *parameters: Any) -> list[BatchRecord]:
     if not has_batches(conn):
         return []
-    fields = ", ".join(f'"{name}"' for name in _FIELDS)
-    marks = ", ".join("?" for _ in OPEN)
+    names = ", ".join(f'"{name}"' for name in _FIELDS)
     found = conn.execute(
-        f"select {fields} from {BATCHES_TABLE} where job = ? and state in ({marks})"
-        " order by expires is null, expires, id",
-        (job, *OPEN),
+        f"select {names} from {BATCHES_TABLE} where {condition} order by expires is null, expires, id",
+        parameters,
     )
     return [BatchRecord(*tuple(row)) for row in found]
 

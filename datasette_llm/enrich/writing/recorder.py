@@ -130,6 +130,8 @@ def recorder_of(plan: Plan, model_id: str, versions: Mapping[str, str]) -> Recor
         "column": spec.column,
         "attachments": list(spec.attachments) or None,
         "extract": spec.extract,
+        "allow_cut": spec.allow_cut,
+        "allow_empty": spec.allow_empty,
         "max_cost": spec.max_cost,
         "schema": spec.schema if isinstance(spec.schema, str) else None,
     }

@@ -48,8 +48,20 @@ def spec_of(run: Mapping[str, Any], database: str, actor: dict[str, Any] | None)
         overwrite=bool(spec.get("overwrite")),
         retry_failed=bool(spec.get("retry_failed")),
         stale=bool(spec.get("stale")),
+        attachments=tuple(spec.get("attachments") or ()),
         extract=spec.get("extract") or False,
+        allow_cut=bool(spec.get("allow_cut")),
+        allow_empty=bool(spec.get("allow_empty")),
         max_cost=spec.get("max_cost"),
+    )
+
+
+def spec_to_collect(run: Mapping[str, Any], database: str) -> JobSpec:
+    """Return the job that collects the batches of a run: whatever its rows were, its answers are paid for."""
+    spec = spec_of(run, database, None)
+    # The files are those of whoever submitted: nobody sees them, they are compared with what was sent.
+    return replace(
+        spec, batch=True, by=run["by"], files=True, where=None, limit=None, retry_failed=False, max_cost=None
     )
 
 

@@ -13,7 +13,7 @@ import logging
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import anyio
 
@@ -27,6 +27,7 @@ from .owner import start_task
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from ...enrich.job import Way
     from ...enrich.spec import JobSpec
     from ...enrich.sql import SQLValue
     from ...enrich.telling.report import EnrichProgress, EnrichReport
@@ -64,7 +65,6 @@ class LiveJob:
     """One job of this server.
 
     Attributes:
-        number: of its run in the record, once it is there.
         begun: set when it is on record, or has ended before.
         ended: set when it has ended.
         report: what it came to.
@@ -73,9 +73,8 @@ class LiveJob:
         history: how it went.
     """
 
-    def __init__(self, datasette: Any, spec: JobSpec) -> None:
+    def __init__(self, datasette: Any, spec: JobSpec, way: Way | None = None) -> None:
         self.spec = spec
-        self.number: int | None = None
         self.begun = anyio.Event()
         self.ended = anyio.Event()
         self.report: EnrichReport | None = None
@@ -88,8 +87,19 @@ class LiveJob:
         self._shown: str | None = None
         self._showing = anyio.Lock()
         self._job = EnrichJob(
-            datasette, spec, on_progress=self._look, on_settled=self._note, on_begun=self._begin
+            datasette,
+            spec,
+            on_progress=self._look,
+            on_settled=self._note,
+            # What only looks how batches stand is on record when it has found something.
+            on_begun=self._begin if way is None else None,
+            way=way,
         )
+
+    @property
+    def number(self) -> int | None:
+        """The number of its run in the record, once it is there."""
+        return self._job.number
 
     @property
     def progress(self) -> EnrichProgress:
@@ -148,7 +158,6 @@ class LiveJob:
             return self._shown
 
     def _begin(self, number: int) -> None:
-        self.number = number
         self.begun.set()
 
     def _look(self, progress: EnrichProgress) -> None:
@@ -173,16 +182,13 @@ class LiveJob:
 
 
 _jobs: WeakKeyDictionary[Any, list[LiveJob]] = WeakKeyDictionary()
+_ending: WeakSet[Any] = WeakSet()
 
 
 async def start(datasette: Any, spec: JobSpec) -> LiveJob:
     """Start a job; returns when it is on record, or has ended because nothing can or need be done."""
     live = LiveJob(datasette, spec)
-    jobs = _jobs.setdefault(datasette, [])
-    ended = [job for job in jobs if job.ended.is_set()]
-    for job in ended[: max(0, len(ended) - KEPT)]:
-        jobs.remove(job)
-    jobs.append(live)
+    _keep(datasette, live)
 
     async def run(datasette: Any) -> None:
         await live.run()
@@ -190,6 +196,28 @@ async def start(datasette: Any, spec: JobSpec) -> LiveJob:
     start_task(datasette, run, f"datasette-llm: {spec.database}/{spec.table}")
     await live.begun.wait()
     return live
+
+
+async def run_here(datasette: Any, spec: JobSpec, way: Way) -> LiveJob:
+    """Run a job in this task; returns when it has ended. It is kept if it has done anything."""
+    live = LiveJob(datasette, spec, way)
+    _keep(datasette, live)
+    if datasette in _ending:
+        live.stop()
+    try:
+        await live.run()
+    finally:
+        if live.number is None:
+            _jobs[datasette].remove(live)
+    return live
+
+
+def _keep(datasette: Any, live: LiveJob) -> None:
+    jobs = _jobs.setdefault(datasette, [])
+    ended = [job for job in jobs if job.ended.is_set()]
+    for job in ended[: max(0, len(ended) - KEPT)]:
+        jobs.remove(job)
+    jobs.append(live)
 
 
 def find(datasette: Any, database: str, number: int) -> LiveJob | None:
@@ -207,7 +235,8 @@ def under_way(datasette: Any) -> list[LiveJob]:
 
 async def end_jobs(datasette: Any) -> None:
     """Stop what runs for this Datasette; returns when all that was answered is written."""
-    jobs = _jobs.get(datasette, ())
+    _ending.add(datasette)
+    jobs = list(_jobs.get(datasette, ()))
     for live in jobs:
         live.stop()
     with anyio.move_on_after(GRACE_SECONDS + WRITE_SECONDS):

@@ -10,12 +10,15 @@ from urllib.parse import urlencode
 from datasette.utils import tilde_encode
 
 from ...enrich.database import read
+from ...enrich.record.batches import batches_of_runs
 from ...enrich.record.failures import ERRORS_TABLE, has_errors_table, key_from_stored
 from ...enrich.record.runs import list_runs
 from ...enrich.telling.stopped import STOPPED, clock_time
 from ...enrich.telling.words import dollars, duration
 from ...enrich.writing.lock import is_held
 from . import live as jobs
+from .batches import in_data, is_with_provider, summary
+from .batches import in_words as batches_in_words
 from .chart import draw
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ STATES = {
     "paused": "Paused",
     "stopping": "Stopping: prompts in flight are completed",
     "elsewhere": "Running in another process",
+    "submitted": "With the provider: not all batches are collected",
     "interrupted": "Interrupted: its process ended in the middle of it. What was answered is written",
     "done": "Done",
     "stopped": "Stopped early",
@@ -46,14 +50,21 @@ STATES = {
 
 async def list_jobs(datasette: Any, database: Any) -> list[dict[str, Any]]:
     """Return the latest runs of a database."""
-    runs = await read(database, partial(list_runs, limit=LISTED))
+    runs = await read(database, partial(_find, limit=LISTED))
     return [tell(datasette, database, run) for run in runs]
 
 
 async def find_run(database: Any, number: int) -> dict[str, Any] | None:
     """Return what is on record of a run."""
-    found = await read(database, partial(list_runs, run=number))
+    found = await read(database, partial(_find, run=number))
     return found[0] if found else None
+
+
+def _find(conn: sqlite3.Connection, **which: Any) -> list[dict[str, Any]]:
+    """Return runs as they are on record, each with its batches."""
+    runs = list_runs(conn, **which)
+    batches = batches_of_runs(conn, [run["id"] for run in runs])
+    return [{**run, "batches": batches.get(run["id"], [])} for run in runs]
 
 
 def tell(datasette: Any, database: Any, run: dict[str, Any]) -> dict[str, Any]:
@@ -82,6 +93,8 @@ def tell(datasette: Any, database: Any, run: dict[str, Any]) -> dict[str, Any]:
         "cost": run["cost"],
         "error": None,
         "failures": run["failures"] or [],
+        "batches": in_data(run["batches"]),
+        "batches_in_words": summary(run["batches"]),
     }
     return told if live is None else told | _of_live(live)
 
@@ -90,6 +103,8 @@ def _state(database: Any, run: dict[str, Any], live: LiveJob | None) -> str:
     if live is not None and live.state != "ended":
         return live.state
     if run["ended"] is not None:
+        if is_with_provider(run["batches"]):
+            return "submitted"
         return "done" if run["outcome"] == "done" else "stopped"
     # Whoever fills a column holds its lock, which ends with the process: what nobody holds was interrupted.
     return "elsewhere" if is_held(database, run["table"], run["columns"]) else "interrupted"
@@ -187,6 +202,7 @@ async def page_of(datasette: Any, database: Any, run: dict[str, Any]) -> dict[st
             for each in reversed(latest)
         ],
         "failures": failures,
+        "batches": batches_in_words(datasette, database.name, run),
         "failed_rows": []
         if failures or not is_there or not told["failed"]
         else await _failed_rows(datasette, database, run),
@@ -260,4 +276,5 @@ def asked_in_words(run: dict[str, Any], words: str = "") -> list[tuple[str, str]
     asked.append(("At most", f"{limit:,} row{'' if limit == 1 else 's'}" if limit else ""))
     kinds = {"retry_failed": "rows that failed before", "stale": "rows whose question has changed"}
     asked += [("Only", words) for name, words in kinds.items() if spec.get(name)]
+    asked.append(("Answered", "in batches, at their price" if spec.get("batch") else ""))
     return [(name, text) for name, text in asked if text]

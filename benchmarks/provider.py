@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from email.utils import formatdate
+from http import HTTPStatus
 from itertools import pairwise
 from statistics import NormalDist
 from typing import Any, Literal
@@ -344,15 +345,6 @@ class Provider:
 
 
 _NORMAL = NormalDist()
-_REASONS = {
-    200: "OK",
-    400: "Bad Request",
-    401: "Unauthorized",
-    404: "Not Found",
-    429: "Too Many Requests",
-    500: "Internal Server Error",
-    503: "Service Unavailable",
-}
 _STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
     b"cache-control: no-cache\r\ntransfer-encoding: chunked\r\n"
@@ -361,7 +353,7 @@ _STREAM_HEAD = (
 
 def _whole(status: int, body: bytes, headers: bytes = b"") -> bytes:
     head = (
-        f"HTTP/1.1 {status} {_REASONS[status]}\r\n"
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
         f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
     )
     return head.encode() + headers + b"\r\n" + body

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from benchmarks.batch_provider import Answer, BatchProvider, Settings
+from benchmarks.batch_provider import BatchProvider, Settings
+from benchmarks.provider import json_reply
 from datasette_llm.calls.batches.openai import OpenAIBatches
 from datasette_llm.enrich import EnrichError, EnrichInputError, EnrichJob, JobSpec
 from datasette_llm.enrich.batches import courier, outbox
@@ -18,6 +19,7 @@ from .enrich_tables import TableFile, fake_model
 from .fakes import registered
 from .hooks import hooked
 from .protocols import PLUGIN_MARKS
+from .protocols.gemini import PROTOCOL as GEMINI
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -83,29 +85,43 @@ def anthropic_model(provider: BatchProvider) -> Any:
     return model
 
 
+def gemini_model(provider: BatchProvider) -> Any:
+    return GEMINI.model(provider.url, model_id="batched")
+
+
+FAMILIES = pytest.mark.parametrize(
+    "make", [openai_model, anthropic_model, gemini_model], ids=["openai", "anthropic", "gemini"]
+)
+
+
 @pytest.fixture
 def provider() -> Iterator[BatchProvider]:
     with BatchProvider(Settings(seconds=HOUR)).running() as provider:
         yield provider
 
 
-@pytest.fixture
-def job(tmp_path: Path, provider: BatchProvider) -> Iterator[Job]:
-    job = Job(tmp_path, provider)
-    with registered(openai_model(provider)):
+@contextmanager
+def job_of(make: Any, directory: Path, provider: BatchProvider) -> Iterator[Job]:
+    """A job with the model of a family."""
+    job, model = Job(directory, provider), make(provider)
+    job.model_id = model.model_id
+    with registered(model):
         yield job
     job.file.close()
 
 
-@pytest.mark.parametrize("make", [openai_model, anthropic_model], ids=["openai", "anthropic"])
+@pytest.fixture
+def job(tmp_path: Path, provider: BatchProvider) -> Iterator[Job]:
+    with job_of(openai_model, tmp_path, provider) as job:
+        yield job
+
+
+@FAMILIES
 async def test_the_same_command_submits_and_collects(
     make: Any, tmp_path: Path, provider: BatchProvider
 ) -> None:
     provider.settings.shuffle = True
-    job = Job(tmp_path, provider)
-    model = make(provider)
-    job.model_id = model.model_id
-    with registered(model):
+    with job_of(make, tmp_path, provider) as job:
         report = await job.run(batch_size=4)
         assert (report.submitted, report.batch.submitted, report.written) == (10, 3, 0)
         assert report.in_batches == job.rows_in_batches() == 10
@@ -122,11 +138,10 @@ async def test_the_same_command_submits_and_collects(
         provider.advance(2 * HOUR)
         assert (await job.run()).written == 1
         last = await job.run()
-    assert job.values() == job.expected
-    assert set(provider.asked.values()) == {1}
-    assert provider.live == 0
-    assert (last.written, last.submitted, job.rows_in_batches(), job.files()) == (0, 0, 0, [])
-    job.file.close()
+        assert job.values() == job.expected
+        assert set(provider.asked.values()) == {1}
+        assert provider.live == 0
+        assert (last.written, last.submitted, job.rows_in_batches(), job.files()) == (0, 0, 0, [])
 
 
 async def test_live_and_by_batch_the_same_comes_out_at_half_the_cost(tmp_path: Path, job: Job) -> None:
@@ -186,24 +201,28 @@ async def test_what_a_policy_refuses_is_not_sent(job: Job) -> None:
         assert (await job.run_later()).written == 9
 
 
-async def test_faults_cost_their_rows_and_no_batch(job: Job) -> None:
-    job.provider.settings = Settings(
+@FAMILIES
+async def test_faults_cost_their_rows_and_no_batch(
+    make: Any, tmp_path: Path, provider: BatchProvider
+) -> None:
+    provider.settings = Settings(
         HOUR, refuse=5, missing=7, torn=3, twice=2, expire=2, shuffle=True, cut_downloads=1
     )
-    job.file.run("delete from t where id > 9")
-    await job.run()
-    job.file.run("update t set text = 'edited' where id = 1")
-    job.file.run("delete from t where id = 2")
-    report = await job.run_later()
-    # 3 and 6 are torn, 7 is missing, 8 and 9 expired, 5 is refused, 1 was edited and 2 deleted.
-    assert (report.written, report.failed, report.changed, report.returned) == (1, 1, 2, 5)
-    assert job.values()[4] == "answer to: row 4"
-    assert [failure.kind for failure in report.failures] == ["rejected"]
-    job.provider.settings = Settings(HOUR)
-    await job.run()
-    await job.run_later()
-    assert job.values() == job.expected
-    assert job.rows_in_batches() == 0
+    with job_of(make, tmp_path, provider) as job:
+        job.file.run("delete from t where id > 9")
+        await job.run()
+        job.file.run("update t set text = 'edited' where id = 1")
+        job.file.run("delete from t where id = 2")
+        report = await job.run_later()
+        # 3 and 6 are torn, 7 is missing, 8 and 9 expired, 5 is refused, 1 was edited and 2 deleted.
+        assert (report.written, report.failed, report.changed, report.returned) == (1, 1, 2, 5)
+        assert job.values()[4] == "answer to: row 4"
+        assert [failure.kind for failure in report.failures] == ["rejected"]
+        provider.settings = Settings(HOUR)
+        await job.run()
+        await job.run_later()
+        assert job.values() == job.expected
+        assert job.rows_in_batches() == 0
 
 
 async def test_a_batch_that_was_begun_without_an_answer_is_not_sent_again(job: Job) -> None:
@@ -364,16 +383,12 @@ async def test_a_model_without_batches_is_told_at_once(tmp_path: Path, provider:
     job.file.close()
 
 
-async def test_a_provider_that_refuses_says_why_and_the_rows_wait(
-    job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: Any) -> Any:
-        return Answer.of({"error": {"message": "batches are not for you", "code": "no"}}, 403)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(job.provider, "_batches", refuse)
-        with pytest.raises(EnrichError, match="batches are not for you"):
-            await job.run()
+async def test_a_provider_that_refuses_says_why_and_the_rows_wait(job: Job) -> None:
+    refusal = json_reply(403, {"error": {"message": "batches are not for you", "code": "no"}})
+    job.provider.instead = lambda asked: refusal if asked.path == "/v1/batches" else None
+    with pytest.raises(EnrichError, match="batches are not for you"):
+        await job.run()
+    job.provider.instead = lambda asked: None
     assert job.rows_in_batches() == 0
     await job.run()
     assert (await job.run_later()).written == 10

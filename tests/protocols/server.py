@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.http_server import reply_head, serving, whole_reply
 from benchmarks.provider import Provider, Reply, Settings
-from benchmarks.wire import Connection
 
 from .answers import Answer, Protocol, Raw, whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from benchmarks.http_server import HTTPRequest
 
 
 @dataclass(frozen=True)
@@ -98,66 +97,22 @@ class ProtocolServer:
     @contextmanager
     def running(self) -> Iterator[ProtocolServer]:
         """Serve until the block is left; then every connection is closed."""
-        loop = asyncio.SelectorEventLoop()
-        connections: list[_Connection] = []
-        ready, end = threading.Event(), asyncio.Event()
-
-        def connect() -> _Connection:
-            connections.append(_Connection(self, self._provider))
-            return connections[-1]
-
-        async def serve() -> None:
-            listening = await loop.create_server(connect, "127.0.0.1", 0)
-            self.url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
-            ready.set()
-            await end.wait()
-            listening.close()
-            for connection in connections:
-                connection.close()
-            # A turn in which the transports close their sockets.
-            await asyncio.sleep(0)
-
-        thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
-        thread.start()
-        try:
-            ready.wait()
+        with serving(self._handle, self._provider) as self.url:
             yield self
-        finally:
-            loop.call_soon_threadsafe(end.set)
-            thread.join()
-            loop.close()
 
-
-class _Connection(Connection):
-    def __init__(self, server: ProtocolServer, provider: Provider) -> None:
-        super().__init__(provider)
-        self._server = server
-
-    def close(self) -> None:
-        self._transport.abort()
-
-    def _route(self, head: bytes, body: bytes) -> Reply:
-        first, *lines = head.decode("latin-1").split("\r\n")
-        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        request = Request(first.split(" ")[1], headers, json.loads(body) if body else None)
-        self._provider.counts.requests += 1
-        try:
-            raw = self._server.answer(request)
-        except Exception as error:
-            # A fault of the script: the test shall see it as what was answered.
-            raw = Raw(f"{type(error).__name__}: {error}", "text/plain", 418)
-        return _reply(raw)
+    def _handle(self, request: HTTPRequest) -> Reply:
+        asked = Request(request.target, request.headers, json.loads(request.body) if request.body else None)
+        return _reply(self.answer(asked))
 
 
 def _reply(raw: Raw) -> Reply:
-    head = f"HTTP/1.1 {raw.status} {HTTPStatus(raw.status).phrase}\r\ncontent-type: {raw.content_type}\r\n"
-    head += "".join(f"{name}: {value}\r\n" for name, value in raw.headers.items())
     if isinstance(raw.body, list):
         parts = [b"%x\r\n%b\r\n" % (len(part), part) for part in raw.body]
         if raw.then == "keep":
             parts.append(b"0\r\n\r\n")
+        head = reply_head(raw.status, raw.content_type, raw.headers)
         parts.insert(0, f"{head}transfer-encoding: chunked\r\n\r\n".encode())
     else:
         body = raw.body.encode("utf-8", "surrogatepass") if isinstance(raw.body, str) else raw.body
-        parts = [f"{head}content-length: {len(body)}\r\n\r\n".encode() + body]
+        parts = whole_reply(raw.status, raw.content_type, body, raw.headers).parts
     return Reply(raw.status, parts, raw.delay, raw.gap, raw.then, counted=True)

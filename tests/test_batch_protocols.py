@@ -136,9 +136,9 @@ async def test_a_batch_of_gemini(tmp_path: Path) -> None:
         assert json.loads(asked)["batch"]["input_config"] == {"file_name": "files/requests"}
         ended = await batches.look("batches/1")
         assert (ended.state, ended.total, ended.answered) == ("ended", 2, 2)
-        assert await batches.find("ours", 0.0, 2, []) == ended
+        assert await batches.find("ours", 0.0, 2) == [ended]
         server.answers["GET /v1beta/batches"] = (200, {})
-        assert await batches.find("ours", 0.0, 2, []) is None
+        assert await batches.find("ours", 0.0, 2) == []
         assert await lines_of(batches, ended) == [b'{"key": "a"}', b'{"key": "b"}']
         await batches.cancel("batches/1")
         assert len(server.bodies("POST /v1beta/batches/1:cancel")) == 1
@@ -193,13 +193,12 @@ async def test_a_batch_of_anthropic(tmp_path: Path) -> None:
         assert (begun.id, begun.state, begun.total) == ("batch2", "running", 2)
         (asked,) = server.bodies("POST /v1/messages/batches")
         assert json.loads(asked) == {"requests": [{"custom_id": "a"}, {"custom_id": "b"}]}
-        # It has no name of ours: it is one of this size that was begun since, and is not known.
-        assert await batches.find("ours", 0.0, 2, []) == begun
-        found = await batches.find("ours", 0.0, 2, ["batch2"])
-        assert found is not None
-        assert found.id == "batch1"
-        assert await batches.find("ours", 0.0, 3, []) is None
-        assert await batches.find("ours", 4e9, 2, []) is None
+        # It has no name of ours: it is one of this size that was begun since.
+        found = await batches.find("ours", 0.0, 2)
+        assert [each.id for each in found] == ["batch2", "batch1"]
+        assert found[0] == begun
+        assert await batches.find("ours", 0.0, 3) == []
+        assert await batches.find("ours", 4e9, 2) == []
         ended = await batches.look("batch2")
         assert ended.state == "ended"
         assert await lines_of(batches, ended) == [b'{"custom_id": "a"}']

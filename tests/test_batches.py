@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from benchmarks.batch_provider import BatchProvider, Settings
 from benchmarks.provider import json_reply
+from datasette_llm.calls import tracing
 from datasette_llm.calls.batches.openai import OpenAIBatches
 from datasette_llm.enrich import EnrichError, EnrichInputError, EnrichJob, JobSpec
 from datasette_llm.enrich.batches import courier, outbox
 from datasette_llm.enrich.batches.way import BatchWay
 from datasette_llm.enrich.estimate import estimate_job
 
-from .enrich_tables import TableFile, fake_model
-from .fakes import registered
+from .batch_jobs import FAMILIES, HOUR, Job, job_of, openai_model
+from .enrich_tables import fake_model
 from .hooks import hooked
 from .protocols import PLUGIN_MARKS
-from .protocols.gemini import PROTOCOL as GEMINI
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -27,87 +31,11 @@ if TYPE_CHECKING:
 
 pytestmark = PLUGIN_MARKS
 
-HOUR = 3_600
-
-
-class Job:
-    """A table of rows, a provider, and the command that is given again and again."""
-
-    def __init__(self, directory: Path, provider: BatchProvider, rows: int = 10) -> None:
-        self.file = TableFile(
-            directory, "create table t (id integer primary key, text text)", "create table log (id integer)"
-        )
-        self.file.run_many("insert into t values (?, ?)", [(n, f"row {n}") for n in range(1, rows + 1)])
-        self.provider = provider
-        self.model_id = "batched"
-        self.config: dict[str, Any] = {"prices": {"batched": {"input": 1000, "output": 2000}}}
-
-    async def run(self, *, poll_seconds: float = 0.05, **asked: Any) -> Any:
-        asked = {"prompt": "{{ text }}", "column": "answer", "batch": True, **asked}
-        spec = JobSpec(database="data", table="t", model=self.model_id, **asked)
-        datasette = self.file.datasette(config={"plugins": {"datasette-llm": self.config}})
-        way = BatchWay(datasette, poll_seconds=poll_seconds) if spec.batch else None
-        return await EnrichJob(datasette, spec, way=way).run()
-
-    async def run_later(self, **asked: Any) -> Any:
-        """Give the command when the batches are done."""
-        self.provider.advance(2 * HOUR)
-        return await self.run(**asked)
-
-    def values(self) -> dict[int, str | None]:
-        return dict(self.file.run("select id, answer from t"))
-
-    @property
-    def expected(self) -> dict[int, str]:
-        return {n: f"answer to: {text}" for n, text in self.file.run("select id, text from t")}
-
-    def rows_in_batches(self) -> int:
-        return int(self.file.run("select count(*) from _llm_enrich_batch_rows")[0][0])
-
-    def files(self) -> list[str]:
-        from pathlib import Path
-
-        return sorted(path.name for path in Path(self.file.path).parent.glob("*batch*"))
-
-
-def openai_model(provider: BatchProvider, model_id: str = "batched") -> Any:
-    from llm.default_plugins.openai_models import AsyncChat
-
-    return AsyncChat(
-        model_id, model_name="m", key="sk-test", api_base=f"{provider.url}/v1", supports_schema=True
-    )
-
-
-def anthropic_model(provider: BatchProvider) -> Any:
-    plugin = pytest.importorskip("llm_anthropic", reason="llm-anthropic is not installed")
-    model = plugin.AsyncClaudeMessages("batched", base_url=provider.url)
-    model.key = "sk-ant-test"
-    return model
-
-
-def gemini_model(provider: BatchProvider) -> Any:
-    return GEMINI.model(provider.url, model_id="batched")
-
-
-FAMILIES = pytest.mark.parametrize(
-    "make", [openai_model, anthropic_model, gemini_model], ids=["openai", "anthropic", "gemini"]
-)
-
 
 @pytest.fixture
 def provider() -> Iterator[BatchProvider]:
     with BatchProvider(Settings(seconds=HOUR)).running() as provider:
         yield provider
-
-
-@contextmanager
-def job_of(make: Any, directory: Path, provider: BatchProvider) -> Iterator[Job]:
-    """A job with the model of a family."""
-    job, model = Job(directory, provider), make(provider)
-    job.model_id = model.model_id
-    with registered(model):
-        yield job
-    job.file.close()
 
 
 @pytest.fixture
@@ -171,6 +99,25 @@ async def test_live_and_by_batch_the_same_comes_out_at_half_the_cost(tmp_path: P
     assert job.file.run(query) == live.file.run(query)
     assert job.provider.live == 10
     live.file.close()
+
+
+async def test_spans_say_that_prompts_travel_in_batches(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    exporter = InMemorySpanExporter()
+    tracer = TracerProvider()
+    tracer.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: tracer)
+    monkeypatch.setattr(tracing, "_tracer", tracer.get_tracer("test"))
+    await job.run(limit=2)
+    await job.run_later(limit=1)
+    await job.run(batch=False)
+    told = [dict(span.attributes or {}) for span in exporter.get_finished_spans()]
+    # Two are recorded, two replayed, a third one recorded; the other seven are live.
+    assert [each.get("datasette_llm.batch") for each in told].count(True) == 5
+    assert len([each for each in told if "datasette_llm.batch" not in each]) == 7
+    answered = [
+        each for each in told if each.get("datasette_llm.batch") and "gen_ai.usage.input_tokens" in each
+    ]
+    assert len(answered) == 2
 
 
 async def test_rows_that_ask_the_same_share_a_request(job: Job) -> None:

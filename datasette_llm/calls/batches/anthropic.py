@@ -7,24 +7,11 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from .protocol import (
-    Batch,
-    BatchError,
-    Limits,
-    Line,
-    OddLine,
-    Value,
-    as_count,
-    as_dict,
-    json_line,
-    json_reply,
-    read_json,
-    size_of,
-    sse_reply,
-)
+from .protocol import Batch, BatchError, Limits, Line, OddLine, Value
+from .wire import as_count, as_dict, json_line, json_reply, read_json, size_of, sse_reply
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator
     from pathlib import Path
 
     from .http import Endpoint
@@ -56,6 +43,7 @@ class AnthropicBatches:
 
     name = "anthropic"
     limits = Limits(requests=100_000, size=256_000_000)
+    has_references = False
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
@@ -81,21 +69,22 @@ class AnthropicBatches:
         )
         return _batch(found)
 
-    async def find(self, reference: str, since: float, total: int, known: Sequence[str]) -> Batch | None:
-        """Return a batch of this size that was begun since; whether it is ours its results tell."""
+    async def find(self, reference: str, since: float, total: int) -> list[Batch]:
+        """Return the batches of this size that were begun since; whose they are their results tell."""
         after = None
+        found: list[Batch] = []
         while True:
             params = {"limit": str(_PAGE)} | ({"after_id": after} if after else {})
             page = await self._endpoint.ask("GET", self._url, params=params)
             batches = [as_dict(each) for each in page.get("data") or []]
             for each in batches:
                 if _moment(each.get("created_at"), 0.0) < since - _CLOCKS_SECONDS:
-                    return None
+                    return found
                 batch = _batch(each)
-                if batch.total == total and batch.id not in known:
-                    return batch
+                if batch.total == total:
+                    found.append(batch)
             if not batches or not page.get("has_more"):
-                return None
+                return found
             after = str(batches[-1].get("id"))
 
     async def look(self, batch_id: str) -> Batch:

@@ -6,23 +6,11 @@ import json
 from typing import TYPE_CHECKING, Any, Literal
 
 from .openapi import plain_schema
-from .protocol import (
-    Batch,
-    BatchError,
-    Limits,
-    Line,
-    OddLine,
-    Value,
-    as_count,
-    as_dict,
-    json_line,
-    json_reply,
-    read_json,
-    size_of,
-)
+from .protocol import Batch, BatchError, Limits, Line, OddLine, Value
+from .wire import as_count, as_dict, json_line, json_reply, read_json, size_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator
     from pathlib import Path
 
     from .http import Endpoint
@@ -49,6 +37,7 @@ class GeminiBatches:
 
     name = "gemini"
     limits = Limits(requests=100_000, size=2_000_000_000)
+    has_references = True
 
     def __init__(self, endpoint: Endpoint, model: str) -> None:
         self._endpoint = endpoint
@@ -97,7 +86,7 @@ class GeminiBatches:
             await self._endpoint.do("POST", f"{self._base}/{self._model}:batchGenerateContent", json=asked)
         )
 
-    async def find(self, reference: str, since: float, total: int, known: Sequence[str]) -> Batch | None:
+    async def find(self, reference: str, since: float, total: int) -> list[Batch]:
         token = None
         while True:
             params = {"pageSize": str(_PAGE)} | ({"pageToken": token} if token else {})
@@ -105,10 +94,10 @@ class GeminiBatches:
             for each in page.get("operations") or []:
                 metadata = as_dict(each.get("metadata"))
                 if reference in (metadata.get("displayName"), metadata.get("display_name")):
-                    return _batch(each)
+                    return [_batch(each)]
             token = page.get("nextPageToken")
             if not token:
-                return None
+                return []
 
     async def look(self, batch_id: str) -> Batch:
         return _batch(await self._endpoint.ask("GET", f"{self._base}/{batch_id}"))

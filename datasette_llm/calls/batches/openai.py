@@ -5,23 +5,11 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Literal
 
-from .protocol import (
-    REFERENCE,
-    Batch,
-    BatchError,
-    Limits,
-    Line,
-    NoBatchesError,
-    OddLine,
-    Value,
-    as_count,
-    as_dict,
-    json_reply,
-    read_json,
-)
+from .protocol import REFERENCE, Batch, BatchError, Limits, Line, NoBatchesError, OddLine, Value
+from .wire import as_count, as_dict, json_reply, read_json
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator
     from pathlib import Path
 
     from .http import Endpoint
@@ -46,6 +34,7 @@ class OpenAIBatches:
 
     name = "openai"
     limits = Limits(requests=50_000, size=200_000_000)
+    has_references = True
 
     def __init__(self, endpoint: Endpoint, ending: str) -> None:
         self._endpoint = endpoint
@@ -81,7 +70,7 @@ class OpenAIBatches:
             await self._endpoint.do("POST", f"{self._base}/batches{self._endpoint.query}", json=asked)
         )
 
-    async def find(self, reference: str, since: float, total: int, known: Sequence[str]) -> Batch | None:
+    async def find(self, reference: str, since: float, total: int) -> list[Batch]:
         after = None
         while True:
             params = {"limit": str(_PAGE)} | ({"after": after} if after else {})
@@ -89,12 +78,12 @@ class OpenAIBatches:
             batches = [as_dict(each) for each in page.get("data") or []]
             for each in batches:
                 if as_dict(each.get("metadata")).get(REFERENCE) == reference:
-                    return _batch(each)
+                    return [_batch(each)]
             # The latest come first.
             if not batches or not page.get("has_more"):
-                return None
+                return []
             if as_count(batches[-1].get("created_at")) < since - _EARLIER_SECONDS:
-                return None
+                return []
             after = _text(batches[-1], "id")
 
     async def look(self, batch_id: str) -> Batch:

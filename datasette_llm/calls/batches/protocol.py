@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from .offline import Reply, Request
-
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator
     from pathlib import Path
+
+    from .offline import Reply, Request
 
 
 #: In a provider's batch, under this name, is our own reference to it.
@@ -106,10 +105,12 @@ class BatchProtocol(Protocol):
     Attributes:
         name: the family.
         limits: of one batch.
+        has_references: whether a batch has our reference, by which it is found again.
     """
 
     name: str
     limits: Limits
+    has_references: bool
 
     def line(self, custom_id: str, request: Request) -> bytes:
         """Return one request as a line of a batch's file.
@@ -127,13 +128,14 @@ class BatchProtocol(Protocol):
         """Have a batch begun."""
         ...
 
-    async def find(self, reference: str, since: float, total: int, known: Sequence[str]) -> Batch | None:
+    async def find(self, reference: str, since: float, total: int) -> list[Batch]:
         """Return the batch that was begun under this reference, if there is one.
+
+        Where batches have no references, those that may be it, latest first.
 
         Args:
             since: it was begun after that, in seconds since the epoch.
             total: how many requests it has.
-            known: batches that have other references.
         """
         ...
 
@@ -156,62 +158,3 @@ class BatchProtocol(Protocol):
     def reply(self, value: Value, request: Request) -> Reply:
         """Return an answer as it would have come over HTTP to this request."""
         ...
-
-
-def json_reply(value: Value) -> Reply:
-    """Return an unstreamed answer."""
-    return Reply(value.status, json.dumps(value.body).encode())
-
-
-def json_line(value: dict[str, Any]) -> bytes:
-    """Return a value as one line of a file."""
-    try:
-        return json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # Half of a character, which only an escape can say.
-        return json.dumps(value).encode()
-
-
-def sse_reply(events: list[dict[str, Any]], *, named: bool = False, done: bool = False) -> Reply:
-    """Return an answer in server-sent events.
-
-    Args:
-        named: name each event by its ``type``.
-        done: end as OpenAI's streams do.
-    """
-    parts = []
-    for event in events:
-        name = f"event: {event['type']}\n" if named else ""
-        parts.append(f"{name}data: {json.dumps(event)}\n\n")
-    if done:
-        parts.append("data: [DONE]\n\n")
-    return Reply(200, "".join(parts).encode(), "text/event-stream")
-
-
-def read_json(line: bytes) -> dict[str, Any]:
-    """Return the object that a line is.
-
-    Raises:
-        ValueError: it is none.
-    """
-    value = json.loads(line)
-    if not isinstance(value, dict):
-        raise OddLine
-    return value
-
-
-def size_of(path: Path) -> int:
-    """Return the size of a file."""
-    return path.stat().st_size
-
-
-def as_dict(value: Any) -> dict[str, Any]:
-    """Return a part of an answer, empty if it is missing or something else."""
-    return value if isinstance(value, dict) else {}
-
-
-def as_count(value: Any) -> int:
-    """Return a number of requests; some providers write it as text."""
-    try:
-        return max(0, int(value))
-    except (TypeError, ValueError):
-        return 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from datasette_llm.secrecy import redacted
 
 from ..database import read, write
 from ..errors import EnrichError
-from ..record.batches import change_batch, known_ids, open_batches
+from ..record.batches import change_batch, is_asked_in, known_ids, open_batches
 from .outbox import discard, file_of, in_transaction, remove_file
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ logger = logging.getLogger("datasette_llm")
 TRIES, PAUSE_SECONDS = 4, 5.0
 #: A batch that may have been begun is in the provider's list after so many seconds, if it was.
 LISTED_SECONDS = 10.0
+#: Whose results they are, so many lines tell: each names its question.
+LINES_TO_TELL = 20
 
 _LIMIT = re.compile(r"limit:?\s*(?:is|of)?\s*([\d,]{3,})", re.IGNORECASE)
 _LIMIT_CODES = ("token_limit_exceeded", "enqueued_token_limit_exceeded")
@@ -74,29 +77,77 @@ class Courier:
 
         await write(self._database, in_transaction(change))
 
-    async def recover(self, record: BatchRecord) -> None:
-        """Bring a batch on its way that a run before left somewhere on it."""
-        if record.state == "creating":
-            found = await self._find(record)
-            if found is not None:
-                await self._running(record.id, record.reference, found)
-                return
+    async def recover(self, record: BatchRecord, *, send: bool = True) -> None:
+        """Bring a batch on its way that a run before left somewhere on it.
+
+        Args:
+            send: have it begun if it has not been.
+        """
+        if record.state == "creating" and await self._is_found(record):
+            return
+        if not send:
+            return
         if record.state in ("prepared", "creating") and file_of(self._database, record.reference).exists():
             await self.send(record.id, record.reference, record.requests, record.tokens)
-        elif record.state != "running":
+        elif record.state not in ("running", "adopted"):
             self.returned += await discard(
                 self._database, record.id, record.reference, error="it was not complete"
             )
 
-    async def _find(self, record: BatchRecord) -> Batch | None:
+    async def _is_found(self, record: BatchRecord) -> bool:
+        """Look for a batch that may have been begun; it is listed a little later."""
         since = float(record.attempted or 0)
-        known = await read(self._database, known_ids)
         while True:
-            found = await self._protocol.find(record.reference, since, record.requests, known)
+            found = await self._find(record.id, record.reference, record.requests, since)
             wait = since + LISTED_SECONDS - time.time()
-            if found is not None or wait <= 0:
+            if found or wait <= 0:
                 return found
             await anyio.sleep(min(wait, 1.0))
+
+    async def _find(self, number: int, reference: str, requests: int, since: float) -> bool:
+        """Look for a batch at the provider, and take it if it is there."""
+        known = await read(self._database, known_ids)
+        for batch in await self._protocol.find(reference, since, requests):
+            if self._protocol.has_references:
+                await self._running(number, reference, batch)
+                return True
+            if batch.id in known:
+                continue
+            if batch.state != "ended":
+                await self._running(number, reference, batch, state="adopted")
+                return True
+            if await self._is_this(number, batch):
+                await self._running(number, reference, batch)
+                return True
+        return False
+
+    async def _is_this(self, number: int, batch: Batch) -> bool:
+        """Say by the results of a batch that is over whether it is this one of the record."""
+        asked: list[bytes] = []
+        lines = 0
+        async with aclosing(self._protocol.results(batch)) as results:
+            async for text in results:
+                with suppress(ValueError, BatchError, RecursionError):
+                    custom_id = self._protocol.read(text).custom_id
+                    lines += 1
+                    with suppress(ValueError):  # Of somebody else, who names requests otherwise.
+                        asked.append(bytes.fromhex(custom_id))
+                if lines >= LINES_TO_TELL:
+                    break
+        # What says nothing does no harm: those rows wait again.
+        return not lines or await read(self._database, partial(is_asked_in, batch=number, questions=asked))
+
+    async def is_proved(self, record: BatchRecord, batch: Batch) -> bool:
+        """Say whether a batch that is over is the one on record; another is looked for if it is not."""
+        if record.state != "adopted":
+            return True
+        if await self._is_this(record.id, batch):
+            await self._change(record.id, state="running")
+            return True
+        if not await self._find(record.id, record.reference, record.requests, float(record.attempted or 0)):
+            why = "it was never begun: the batch that was taken for it is another's"
+            self.returned += await discard(self._database, record.id, record.reference, error=why)
+        return False
 
     def has_room(self, tokens: int, enqueued: int) -> bool:
         """Say whether the provider takes a batch of so many tokens beside those that are with it."""
@@ -140,18 +191,15 @@ class Courier:
     async def _may_have_begun(
         self, number: int, reference: str, requests: int, attempted: int, error: BatchError
     ) -> None:
-        known = await read(self._database, known_ids)
         for tries in range(TRIES):
-            found = await self._protocol.find(reference, attempted, requests, known)
-            if found is not None:
-                await self._running(number, reference, found)
+            if await self._find(number, reference, requests, attempted):
                 return
-            await anyio.sleep(tries)
+            await anyio.sleep(PAUSE_SECONDS * tries / TRIES)
         raise _unsent(error) from error
 
-    async def _running(self, number: int, reference: str, batch: Batch) -> None:
+    async def _running(self, number: int, reference: str, batch: Batch, *, state: str = "running") -> None:
         expires = None if batch.expires is None else _moment(batch.expires)
-        await self._change(number, state="running", batch=batch.id, says=batch.says, expires=expires)
+        await self._change(number, state=state, batch=batch.id, says=batch.says, expires=expires)
         self.sent += 1
         remove_file(self._database, reference)
 
@@ -204,13 +252,16 @@ class Courier:
             self._database, number, reference, error=redacted(message), token_limit=self.token_limit
         )
 
-    async def cancel(self, record: BatchRecord) -> None:
-        """Cancel a batch; what it has answered can still be collected."""
+    async def cancel(self, record: BatchRecord) -> bool:
+        """Cancel a batch; what it has answered can still be collected. One that may be another's is not."""
+        if record.state == "adopted":
+            return False
         if record.batch is None:
             await discard(self._database, record.id, record.reference, error="cancelled before it was sent")
-            return
+            return True
         await self._protocol.cancel(record.batch)
         await self._change(record.id, says="cancelling")
+        return True
 
 
 async def _patiently(upload: Any) -> str:

@@ -123,7 +123,8 @@ class Outbox:
 
     async def discard(self) -> None:
         """Forget it: its rows wait again."""
-        self._file.close()
+        with suppress(OSError):  # What is written on closing: the disk may be full.
+            self._file.close()
         await discard(self._database, self.id, self.reference)
 
 

@@ -149,7 +149,10 @@ class _Run:
             # With --overwrite it is not to be seen which rows were collected: no second time.
             if not (spec.overwrite and await self._ours()):
                 await self._submit()
-            await self._collect()
+            if await self._collect() and self._notes.waiting and not self._is_over:
+                # There is room again.
+                self._courier.full = False
+                await self._submit()
             while spec.wait and not self._is_over and (await self._ours() or self._notes.waiting):
                 await self._wait()
                 await self._collect()
@@ -182,12 +185,14 @@ class _Run:
         await write(self._ground.plan.database, in_transaction(partial(release_orphans, job=job)))
         for record in await self._courier.batches(job):
             if record.provider == self._protocol.name:
-                await self._courier.recover(record)
+                await self._courier.recover(record, send=not self._ground.plan.spec.batch_cancel)
 
     async def _cancel(self) -> None:
         for record in await self._ours():
-            await self._courier.cancel(record)
-            self._notes.cancelled += 1
+            if await self._courier.cancel(record):
+                self._notes.cancelled += 1
+            elif record.batch is not None:
+                self._notes.uncertain.append(record.batch)
 
     async def _submit(self) -> None:
         """Submit the rows that wait; again if the provider has said meanwhile how much it takes."""
@@ -245,12 +250,12 @@ class _Run:
             share=share,
         )
 
-    async def _collect(self) -> None:
-        """Take what is done, what expires first first."""
+    async def _collect(self) -> int:
+        """Take what is done, what expires first first; return how many batches are over."""
         job = self._job
         records = await self._ours()
         if job is None or not records:
-            return
+            return 0
         ledger, report = self._ground.ledger, self._ground.report
         ledger.counted = report.done + await read(
             self._ground.plan.database, partial(count_submitted, job=job)
@@ -260,19 +265,22 @@ class _Run:
         plan = replace(await plan.with_columns(), hasher=plan.hasher, leaves_submitted=False)
         collection = Collection(self._ground, plan, self._asking(plan), self._protocol, job)
         running: list[tuple[BatchRecord, Batch]] = []
+        over = 0
         for record in records:
             if self._is_over or record.batch is None:
                 break
             batch = await self._courier.look(record)
             if batch is None:
-                continue
-            if batch.state == "ended":
-                await collection.take(record, batch)
+                over += 1
+            elif batch.state == "ended":
+                if await self._courier.is_proved(record, batch):
+                    over += await collection.take(record, batch)
             else:
                 running.append((record, batch))
         ledger.note = _note(running)
         report.returned += collection.returned
         self._notes.odd += collection.odd
+        return over
 
     async def _wait(self) -> None:
         """Wait until the provider is to be asked again, or somebody stops the job."""
@@ -284,7 +292,7 @@ class _Run:
     async def _tell(self) -> None:
         """Say what is left."""
         report, notes = self._ground.report, self._notes
-        notes.submitted = self._courier.sent
+        notes.submitted, notes.refused = self._courier.sent, self._courier.refused
         report.returned += self._courier.returned
         self._courier.returned = 0
         job = self._job

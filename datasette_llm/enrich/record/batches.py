@@ -11,6 +11,7 @@ States of a batch:
 * ``creating``: the provider is being told to begin. Whether it has, only the provider knows: it is looked for
   there before anything is sent again.
 * ``running``: the provider has it; ``batch`` is its id there.
+* ``adopted``: the provider has one of its size and moment, which may be another's: its results tell.
 * ``collected``, ``cancelled``, ``failed``: nothing is left in it.
 """
 
@@ -34,7 +35,7 @@ ROWS_TABLE = "_llm_enrich_batch_rows"
 QUESTION_INDEX = "_llm_enrich_batch_rows_question"
 
 #: States in which rows are in a batch.
-OPEN = ("writing", "prepared", "creating", "running")
+OPEN = ("writing", "prepared", "creating", "running", "adopted")
 
 _COLUMNS = {
     "id": "integer primary key",
@@ -177,7 +178,7 @@ def open_batches(conn: sqlite3.Connection, job: int) -> list[BatchRecord]:
 
 def running_batches(conn: sqlite3.Connection) -> list[BatchRecord]:
     """Return the batches that a provider has, of all jobs: what expires first is first."""
-    return _select(conn, "state = 'running' and batch is not null")
+    return _select(conn, "state in ('running', 'adopted') and batch is not null")
 
 
 def batches_of_runs(conn: sqlite3.Connection, runs: Sequence[int]) -> dict[int, list[BatchRecord]]:
@@ -201,8 +202,8 @@ def _select(conn: sqlite3.Connection, condition: str, *parameters: Any) -> list[
 
 
 def known_ids(conn: sqlite3.Connection) -> list[str]:
-    """Return the providers' ids of all batches that are on record."""
-    sql = f"select batch from {BATCHES_TABLE} where batch is not null"
+    """Return the providers' ids of all batches that are on record, and known to be these."""
+    sql = f"select batch from {BATCHES_TABLE} where batch is not null and state <> 'adopted'"
     return [str(row[0]) for row in conn.execute(sql)] if has_batches(conn) else []
 
 
@@ -230,6 +231,13 @@ def find_asked(conn: sqlite3.Connection, job: int, questions: Iterable[bytes]) -
         if row is not None:
             found[question] = int(row[0])
     return found
+
+
+def is_asked_in(conn: sqlite3.Connection, batch: int, questions: Sequence[bytes]) -> bool:
+    """Say whether any of these questions is in a batch. Looks through all rows that are in one."""
+    marks = ", ".join("?" for _ in questions)
+    sql = f"select 1 from {ROWS_TABLE} where batch = ? and question in ({marks}) limit 1"
+    return conn.execute(sql, (batch, *questions)).fetchone() is not None
 
 
 def rows_of(conn: sqlite3.Connection, job: int, batch: int, question: bytes) -> list[SQLValue]:

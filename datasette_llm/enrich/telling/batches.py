@@ -33,17 +33,21 @@ class BatchNotes:
     Attributes:
         submitted: how many were submitted.
         cancelled: how many were cancelled.
+        uncertain: the ids of those that were not, since they may be somebody else's.
         left: those that are not collected yet.
         others: how many batches of other prompts, models or schemas are left in the same columns.
         waiting: why rows were not submitted, if some were not.
+        refused: why the provider gave up a batch, if it did.
         odd: result lines that could not be read or belong to no row.
     """
 
     submitted: int = 0
     cancelled: int = 0
+    uncertain: list[str] = field(default_factory=list)
     left: list[BatchLine] = field(default_factory=list)
     others: int = 0
     waiting: str | None = None
+    refused: str | None = None
     odd: int = 0
 
     def lines(
@@ -65,6 +69,11 @@ class BatchNotes:
                 f"Cancelled {_batches(self.cancelled)}: what was answered before is billed, "
                 "and --batch collects it"
             )
+        if self.uncertain:
+            lines.append(
+                f"Not cancelled, since after a crash only size and moment tell that they are ours: "
+                f"{', '.join(self.uncertain)}. Cancel them at the provider if you know them"
+            )
         if self.waiting:
             lines.append(f"Not all rows were submitted: {self.waiting}")
         if self.left:
@@ -82,10 +91,12 @@ class BatchNotes:
             expires = min((each.expires for each in self.left if each.expires), default=None)
             if expires is not None:
                 lines.append(f"What is not answered by {expires} is given up, and not billed")
-        elif not self.cancelled:
+        elif not self.cancelled and not self.uncertain:
             lines.append("No batch is left to collect")
         if returned:
             lines.append(f"{counted(returned, 'row')} came back without an answer, and can be sent again")
+        if self.refused:
+            lines.append(f"The provider gave up a batch: {self.refused}")
         if self.odd:
             lines.append(f"{counted(self.odd, 'line')} of the results could not be used")
         if self.others:

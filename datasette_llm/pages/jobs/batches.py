@@ -17,6 +17,7 @@ _STATES = {
     "writing": "being written",
     "prepared": "not sent yet: the command that submits it does",
     "creating": "being sent",
+    "adopted": "may be another's: it is found out when it is done",
     "collected": "collected",
     "cancelled": "cancelled",
     "failed": "not accepted",

@@ -38,13 +38,18 @@ _collectors: WeakKeyDictionary[Any, Collector] = WeakKeyDictionary()
 
 async def keep_collecting(datasette: Any) -> None:
     """Collect what is done, again and again, until the server ends."""
-    collector = _collectors[datasette] = Collector(datasette)
+    collector = collector_of(datasette)
     await anyio.sleep(min(FIRST_SECONDS, get_settings(datasette).collect_batches or FIRST_SECONDS))
     while True:
         seconds = get_settings(datasette).collect_batches
         if seconds:
             await collector.look(seconds)
         await anyio.sleep(seconds or OFF_SECONDS)
+
+
+def collector_of(datasette: Any) -> Collector:
+    """Return what collects for a server."""
+    return _collectors.setdefault(datasette, Collector(datasette))
 
 
 def trouble_with(datasette: Any, database: str, run: int) -> str | None:

@@ -48,7 +48,6 @@ def spec_of(run: Mapping[str, Any], database: str, actor: dict[str, Any] | None)
         overwrite=bool(spec.get("overwrite")),
         retry_failed=bool(spec.get("retry_failed")),
         stale=bool(spec.get("stale")),
-        attachments=tuple(spec.get("attachments") or ()),
         extract=spec.get("extract") or False,
         allow_cut=bool(spec.get("allow_cut")),
         allow_empty=bool(spec.get("allow_empty")),
@@ -57,12 +56,13 @@ def spec_of(run: Mapping[str, Any], database: str, actor: dict[str, Any] | None)
 
 
 def spec_to_collect(run: Mapping[str, Any], database: str) -> JobSpec:
-    """Return the job that collects the batches of a run: whatever its rows were, its answers are paid for."""
+    """Return the job that collects the batches of a run: whatever its rows were, its answers are paid for.
+
+    Raises:
+        EnrichInputError: it attached files.
+    """
     spec = spec_of(run, database, None)
-    # The files are those of whoever submitted: nobody sees them, they are compared with what was sent.
-    return replace(
-        spec, batch=True, by=run["by"], files=True, where=None, limit=None, retry_failed=False, max_cost=None
-    )
+    return replace(spec, batch=True, by=run["by"], where=None, limit=None, retry_failed=False, max_cost=None)
 
 
 async def spec_again(

@@ -122,6 +122,7 @@ class Collector:
         """Run the job that collects; return why it could not."""
         from ...enrich.batches.way import BatchWay
         from ...enrich.database import read
+        from ...enrich.errors import EnrichInputError
         from ...enrich.record.runs import list_runs
         from ...enrich.writing.lock import is_held
         from .again import spec_to_collect
@@ -133,5 +134,9 @@ class Collector:
         run = found[0]
         if is_held(database, run["table"], run["columns"]):
             return None  # Somebody else is at it.
+        try:
+            spec = spec_to_collect(run, database.name)
+        except EnrichInputError as error:
+            return str(error)
         way = BatchWay(self._datasette, only=batches)
-        return (await run_here(self._datasette, spec_to_collect(run, database.name), way)).error
+        return (await run_here(self._datasette, spec, way)).error

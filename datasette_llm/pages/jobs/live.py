@@ -27,7 +27,7 @@ from .owner import start_task
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from ...enrich.job import Way
+    from ...enrich.ground import Way
     from ...enrich.spec import JobSpec
     from ...enrich.sql import SQLValue
     from ...enrich.telling.report import EnrichProgress, EnrichReport

@@ -221,6 +221,18 @@ async def test_lines_of_anthropic() -> None:
                 batches.read(odd)
 
 
+async def test_what_is_asked_again_is_not_logged_each_time(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "ATTEMPTS", 2)
+    batch = {"id": "b1", "status": "in_progress"}
+    async with provider_of("/v1/chat/completions") as (server, batches):
+        answers = iter([(503, {"error": {"message": "busy"}}), (200, batch)])
+        server.answers["GET /v1/batches/b1"] = lambda query: next(answers)
+        assert (await batches.look("b1")).says == "in_progress"
+    assert caplog.text == ""
+
+
 async def test_what_a_provider_says_about_batches_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "ATTEMPTS", 1)
     async with provider_of("/v1/chat/completions") as (server, batches):

@@ -12,18 +12,21 @@ import pytest
 from benchmarks.batch_api import broken
 from benchmarks.batch_provider import BatchProvider, Settings
 from benchmarks.provider import json_reply
+from datasette_llm.backends.datasette_side import open_side
 from datasette_llm.calls.batches import http
 from datasette_llm.calls.batches.anthropic import AnthropicBatches
 from datasette_llm.calls.batches.openai import OpenAIBatches
 from datasette_llm.enrich import EnrichError, EnrichInputError, EnrichJob, JobSpec
 from datasette_llm.enrich.batches import collection, courier, outbox
 from datasette_llm.enrich.batches.way import BatchWay
+from datasette_llm.enrich.database import write
 
 from .batch_jobs import HOUR, Job, anthropic_model, job_of, openai_model
 from .hooks import hooked
 from .protocols import PLUGIN_MARKS
 
 if TYPE_CHECKING:
+    import sqlite3
     from collections.abc import AsyncIterator, Callable, Iterator
 
     from benchmarks.batch_api import Asked
@@ -338,10 +341,14 @@ async def test_a_provider_that_finalizes_is_waited_for_in_its_words(job: Job) ->
 async def test_a_database_in_memory_has_no_batches(job: Job) -> None:
     from datasette.app import Datasette
 
+    def make(conn: sqlite3.Connection) -> None:
+        conn.execute("create table t (id integer primary key, text text)")
+        conn.execute("insert into t (text) values ('one')")
+        conn.commit()
+
     datasette = Datasette(memory=True)
-    database = datasette.add_memory_database("kept_nowhere")
-    await database.execute_write("create table t (id integer primary key, text text)")
-    await database.execute_write("insert into t (text) values ('one')")
+    async with open_side():
+        await write(datasette.add_memory_database("kept_nowhere"), make)
     asked: dict[str, Any] = {"prompt": "{{ text }}", "column": "answer", "model": "batched", "batch": True}
     spec = JobSpec(database="kept_nowhere", table="t", **asked)
     with pytest.raises(EnrichInputError, match="a database in memory cannot have any"):

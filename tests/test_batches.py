@@ -238,7 +238,7 @@ async def test_who_waits_gets_all_of_it(job: Job) -> None:
 
 async def test_who_stops_waiting_is_told_what_goes_on(job: Job) -> None:
     def look(progress: Any) -> None:
-        if "in_progress" in str(progress.waiting):
+        if "1 batch in progress" in str(progress.waiting):
             waiting.stop("SIGINT", grace_seconds=5)
 
     datasette = job.file.datasette()

@@ -12,6 +12,7 @@ Nothing here holds a slot: whoever waits between two attempts has released it.
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ import stamina
 from .failures import Failure, IncompleteAnswer, check_complete, classify, retry_after_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
     from types import TracebackType
 
     from ..pace.policy import RetryPolicy
@@ -98,6 +99,16 @@ class Attempt:
 _quiet: ContextVar[bool] = ContextVar("datasette_llm_quiet", default=False)
 
 logging.getLogger("stamina").addFilter(lambda record: not _quiet.get())
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep stamina from logging what is tried again inside: whoever does that tells of it, if it matters."""
+    token = _quiet.set(True)
+    try:
+        yield
+    finally:
+        _quiet.reset(token)
 
 
 class _GaveUp(Exception):

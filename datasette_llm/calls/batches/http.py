@@ -11,6 +11,7 @@ import httpx
 import stamina
 
 from ..clients.transport import shared_ssl_context
+from ..retry import quietly
 from .protocol import BatchError
 
 if TYPE_CHECKING:
@@ -65,9 +66,12 @@ class Endpoint:
         Raises:
             BatchError: the provider refuses, or is not there.
         """
-        async for attempt in stamina.retry_context(on=_may_pass, attempts=ATTEMPTS, timeout=ATTEMPT_SECONDS):
-            with attempt:
-                return await self.do(method, url, **kwargs)
+        with quietly():
+            async for attempt in stamina.retry_context(
+                on=_may_pass, attempts=ATTEMPTS, timeout=ATTEMPT_SECONDS
+            ):
+                with attempt:
+                    return await self.do(method, url, **kwargs)
         raise AssertionError  # stamina raises the last error
 
     async def do(self, method: str, url: str, **kwargs: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ..database import read, write
 from ..errors import EnrichError, EnrichInputError
 from ..record.batches import count_submitted, open_batches, release_orphans, token_limit
 from ..telling.batches import BatchLine, BatchNotes
+from ..telling.words import counted
 from .collection import Collection, settle_submitted
 from .courier import Courier
 from .outbox import in_transaction
@@ -342,7 +343,8 @@ def _note(running: list[tuple[BatchRecord, Batch]]) -> str | None:
         return None
     total = sum(batch.total or record.requests for record, batch in running)
     answered = sum(batch.answered for _, batch in running)
-    states = sorted({batch.says for _, batch in running})
+    states = sorted({batch.says.replace("_", " ") for _, batch in running})
     if answered >= total:
         return f"all answered, the provider is {' and '.join(states)}"
-    return f"{len(running)} batches {' and '.join(states)}, {answered:,} of {total:,} answered"
+    batches = counted(len(running), "batch", "batches")
+    return f"{batches} {' and '.join(states)}, {answered:,} of {total:,} answered"

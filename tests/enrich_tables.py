@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import subprocess
 import sys
@@ -42,6 +43,11 @@ class TableFile:
     def run_many(self, sql: str, rows: Any) -> None:
         with closing(sqlite3.connect(self.path)) as conn, conn:
             conn.executemany(sql, rows)
+
+    def beside(self) -> list[str]:
+        """The names of the files in its directory; without the locks that Windows leaves there."""
+        names = sorted(os.listdir(os.path.dirname(self.path)))
+        return [name for name in names if sys.platform != "win32" or not name.endswith(".lock")]
 
     def leave_half_written(self, sql: str) -> None:
         """Have a program killed in the middle of this statement, after a part of it reached the disk."""

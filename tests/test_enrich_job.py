@@ -322,13 +322,7 @@ async def test_a_second_job_on_the_same_column_is_told_so(file: TableFile) -> No
             other = await file.enrich("t", "{{ body }}", column="other", limit=1, model="second")
             assert other.written == 1
             gate.open.set()
-    assert [path.name for path in sorted((file_directory(file)).iterdir())] == ["data.db"]
-
-
-def file_directory(file: TableFile) -> Path:
-    from pathlib import Path
-
-    return Path(file.path).parent
+    assert file.beside() == ["data.db"]
 
 
 def test_locks_of_databases_in_memory_belong_to_the_process() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from typing import TYPE_CHECKING, Any, cast
 
 import anyio
@@ -40,9 +39,8 @@ def file(tmp_path: Path) -> Iterator[TableFile]:
 
 def state(file: TableFile) -> tuple[str, list[str]]:
     """The file's digest, and the names of those beside it."""
-    directory = os.path.dirname(file.path)
     with open(file.path, "rb") as opened:
-        return hashlib.sha256(opened.read()).hexdigest(), sorted(os.listdir(directory))
+        return hashlib.sha256(opened.read()).hexdigest(), file.beside()
 
 
 def refusing(choose: Callable[[str], Exception | None]) -> Callable[[str], AsyncGenerator[str, None]]:

@@ -221,6 +221,7 @@ KEPT: list[tuple[Any, str]] = [
     ({"done": True, "done_reason": "length"}, "length"),
     ({"content": "text", "object": "chat.completion.chunk"}, "unknown"),
     (["not", "an", "object"], "unknown"),
+    ([{"candidates": [{}]}, {"candidates": [{"finishReason": "MAX_TOKENS"}]}, {}], "length"),
     ("text", "unknown"),
 ]
 

@@ -6,6 +6,7 @@ import datetime
 import json
 import logging
 import sys
+from contextlib import nullcontext
 from email.utils import format_datetime
 from functools import partial
 from types import SimpleNamespace
@@ -20,10 +21,11 @@ import pytest
 from llm.default_plugins.openai_models import AsyncChat, AsyncResponses
 
 from datasette_llm._compat import ExceptionGroup
+from datasette_llm.calls import completeness
+from datasette_llm.calls.completeness import check_complete
 from datasette_llm.calls.retry import (
     Failure,
     IncompleteAnswer,
-    check_complete,
     classify,
     retry_after_seconds,
     retrying,
@@ -405,6 +407,31 @@ async def test_other_models_are_never_doubted() -> None:
     for model in (Other(), own("m")):
         for json_ in (None, {}, TORN):
             check_complete(chat_response(json_, model=model))
+
+
+@pytest.mark.parametrize(
+    ("plugin", "installed", "is_doubted"),
+    [("llm_mistral", "0.16", True), ("llm_mistral", "0.15", False), ("llm_ollama", "0.16.2", False)],
+)
+async def test_plugins_too_old_to_keep_anything_of_a_stream_are_not_doubted(
+    plugin: str, installed: str, is_doubted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(completeness.metadata, "version", lambda _: installed)
+    kind: Any = type("Model", (AsyncChat,), {"__module__": plugin})
+    with pytest.raises(IncompleteAnswer) if is_doubted else nullcontext():
+        check_complete(chat_response(None, model=kind("m")))
+
+
+async def test_events_that_were_kept_one_by_one_say_the_end_too() -> None:
+    kind: Any = type("Model", (AsyncChat,), {"__module__": "llm_gemini"})
+    events: list[Any] = [
+        {"candidates": [{"content": {}}]},
+        {"candidates": [{"finishReason": "STOP"}]},
+        {"usageMetadata": {}},
+    ]
+    check_complete(chat_response(events, model=kind("m")))
+    with pytest.raises(IncompleteAnswer):
+        check_complete(chat_response(events[:1], model=kind("m")))
 
 
 async def test_the_responses_interface() -> None:

@@ -171,6 +171,35 @@ async def test_one_cooldown_for_everybody() -> None:
     assert throttle.throttled_seconds == pytest.approx(3)
 
 
+async def answered_often(throttle: Throttle, slots: Slots) -> None:
+    """Have so many calls answered that one refusal may be chance."""
+    for _ in range(30):
+        await slots.acquire()
+        await anyio.sleep(0.05)
+        slots.release(Outcome("ok", seconds=0.05))
+
+
+async def test_one_refusal_among_many_answers_is_no_cooldown_and_several_are() -> None:
+    throttle = a_throttle()
+    slots = throttle.slots(10)
+    await answered_often(throttle, slots)
+    for number in range(4):
+        assert throttle.cooldown_seconds() == 0, number
+        await slots.acquire()
+        await anyio.sleep(0.001)
+        slots.release(refusal(0.5, 0.001))
+    assert throttle.cooldown_seconds() == pytest.approx(0.5)
+
+
+async def test_one_refusal_that_asks_for_a_long_wait_is_a_cooldown() -> None:
+    throttle = a_throttle()
+    slots = throttle.slots(10)
+    await answered_often(throttle, slots)
+    await slots.acquire()
+    slots.release(refusal(20))
+    assert throttle.cooldown_seconds() == 20
+
+
 async def test_a_longer_retry_after_of_the_same_episode_extends_the_cooldown() -> None:
     slots = a_throttle().slots(3)
     assert slots.acquire_nowait()

@@ -16,9 +16,9 @@ from .._compat import BaseExceptionGroup
 from ..backends import native_cancel
 from ..backends.closing import close_quietly
 from ..backends.datasette_side import backend
+from .completeness import check_complete
 from .http_answers import HttpAnswers, watch
 from .listening import listen_for
-from .retry import check_complete
 from .wording import in_words
 
 if TYPE_CHECKING:

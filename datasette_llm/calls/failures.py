@@ -1,7 +1,6 @@
 """What a failed model call means: whether it may be tried again, and how long the provider asks to wait.
 
-``classify()`` reads an exception and everything in its chain; it imports no provider's SDK. An answer
-that only looks complete is found out by ``check_complete()``.
+``classify()`` reads an exception and everything in its chain; it imports no provider's SDK.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
-from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import anyio
 import llm
@@ -20,7 +18,6 @@ import llm
 from datasette_llm._compat import BaseExceptionGroup
 from datasette_llm.errors import ProviderUnreachable
 
-from ..responses import finish
 from .http_answers import answer_of
 from .refusals import is_about_one_request, recognise, said, text_of, wait_in_words
 
@@ -333,49 +330,4 @@ def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
             seconds = (date - datetime.datetime.now(datetime.timezone.utc)).total_seconds()
         if seconds == seconds and seconds != float("inf"):  # neither nan nor inf
             return max(0.0, seconds)
-    return None
-
-
-def check_complete(response: llm.AsyncResponse) -> None:
-    """Make sure that an answer which came in pieces did not end half-way.
-
-    llm and its plugins take a stream that just ends for a complete answer. The providers' last words are why
-    it ended: without these, something is missing.
-
-    Raises:
-        IncompleteAnswer: if so. Other models' responses are never doubted.
-    """
-    doubted = _says_the_end(type(response.model))
-    if not (response.stream or doubted == "always"):
-        return
-    found = finish.said(response)
-    # Where nothing was kept: these keep something at the end of a stream, and from nothing else. Whatever the
-    # model, a stream that was listened to has no reason only if it ended without saying that it was done.
-    silent = doubted is not None if found is None else found.reason is None
-    if silent and (doubted is not None or finish.was_noted(response)):
-        raise IncompleteAnswer("the answer's stream ended before the provider said that it was complete")
-
-
-#: Plugins whose providers say at the end of every answer why it ended: ``always`` those that ask for a stream
-#: whatever they are asked for.
-_SAY_THE_END: dict[str, Literal["always", "streamed"]] = {
-    "llm_anthropic": "always",
-    "llm_gemini": "always",
-    "llm_mistral": "streamed",
-    "llm_ollama": "streamed",
-}
-
-
-@cache
-def _says_the_end(model: type[Any]) -> Literal["always", "streamed"] | None:
-    plugin = model.__module__.partition(".")[0]
-    if plugin in _SAY_THE_END:
-        return _SAY_THE_END[plugin]
-    from llm.default_plugins import openai_models
-
-    # A subclass with its own execute() may fill response_json in its own way.
-    families = (openai_models.AsyncChat, getattr(openai_models, "AsyncResponses", None))
-    for family in families:
-        if family is not None and issubclass(model, family) and model.execute is family.execute:
-            return "streamed"
     return None

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import anyio
 import stamina
 
-from .failures import Failure, IncompleteAnswer, check_complete, classify, retry_after_seconds
+from .failures import Failure, IncompleteAnswer, classify, retry_after_seconds
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -31,7 +31,6 @@ __all__ = [
     "Attempt",
     "Failure",
     "IncompleteAnswer",
-    "check_complete",
     "classify",
     "retry_after_seconds",
     "retrying",

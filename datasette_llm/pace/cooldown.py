@@ -3,10 +3,10 @@
 A refusal is one of these:
 
 1. It belongs to the pause that runs or just ended: the request was sent before. It is only counted.
-2. It is the first in a while: a pause begins, as long as the provider asks for.
-3. It is a lone one: the rate was found out or announced already, or refusals were seen to strike at random
-   while requests sent later passed. Only the refused prompt waits; the pace is lowered a little.
-4. It is one of several at once: a pause, as for 2.
+2. It is the first that this provider gives, or asks for a long wait: a pause begins, as long as it asks for.
+3. It is a lone one among many answers: only the refused prompt waits, and the number in flight is told. Once
+   the rate was found out or announced it is lowered a little.
+4. It is one of several: a pause, as for 2.
 
 A pause ends early when requests that were sent after the refused one are being answered.
 """
@@ -38,6 +38,10 @@ AT_ONCE_SECONDS, AT_ONCE, AT_ONCE_SHARE = 0.3, 3, 0.1
 AT_ONCE_AT_RANDOM, AT_ONCE_AT_RANDOM_SHARE = 5, 0.2
 #: Requests that such a judgement takes, at least.
 ENOUGH_REQUESTS = 20
+#: A provider that has accepted so many requests may refuse one by chance, if it asks for no longer wait than
+#: this, in seconds; it is no chance any more when so many are refused among so many that were sent.
+ENOUGH_ACCEPTED, SHORT_WAIT_SECONDS = 20, 1.0
+NO_CHANCE, NO_CHANCE_AMONG = 4, 20
 #: So many requests without a refusal show that the last one was the only one.
 SINGLE_REFUSAL_REQUESTS = 30
 #: A gap in sending, in seconds, after which what was sent before does not count.
@@ -91,6 +95,8 @@ class Cooldowns:
         self._single_refusal_at = -math.inf
         self._refused_count = 0
         self._refused_at: deque[float] = deque(maxlen=64)
+        # Which in the order of sending the latest ones were that were refused outside of pauses.
+        self._latest: deque[int] = deque(maxlen=NO_CHANCE)
         self._accepted_at_pause = 0
         # Whether what was sent after the last pause was answered: somebody is there, and has a limit.
         self._served_since = False
@@ -212,6 +218,10 @@ class Cooldowns:
                         self._found.forget()
                     self._lone_at = now
                 return
+        elif self._by_chance(now, seconds, retry_after):
+            # Case 3.
+            self._refused_alone(now, in_flight)
+            return
         # Cases 2 and 4.
         wait = retry_after
         if wait is None:
@@ -219,6 +229,7 @@ class Cooldowns:
         wait = min(max(wait, PAUSE_SECONDS_MIN), self.most_seconds)
         self.active = True
         self._refused_at.clear()
+        self._latest.clear()
         self._pause = _Pause(now, now + wait, sent, in_flight)
         logger.warning("Model %s: rate limit reached, no prompts for %.1f seconds", self._model_id, wait)
 
@@ -231,6 +242,18 @@ class Cooldowns:
         self._trial = None
         self._refused_in_a_row = 0
         self._refused_at.clear()
+
+    def _by_chance(self, now: float, seconds: float, retry_after: float | None) -> bool:
+        """Whether a refusal is most likely nothing that concerns others."""
+        latest, count = self._latest, self._sent_count
+        latest.append(count - self.sent_since(now - seconds))
+        if retry_after is not None and retry_after > SHORT_WAIT_SECONDS:
+            return False
+        if len(latest) == NO_CHANCE and max(latest) - min(latest) <= NO_CHANCE_AMONG:
+            return False
+        # Refusals come back sooner than answers: who was sent long enough ago was accepted.
+        on_their_way = self.sent_since(now - 2 * seconds - 0.01)
+        return count - on_their_way - self._refused_count >= ENOUGH_ACCEPTED
 
     def _at_once(self) -> bool:
         if not self._refused_at:

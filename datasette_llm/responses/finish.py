@@ -143,10 +143,11 @@ def refusal_words(response: llm.AsyncResponse) -> str | None:
 def said(response: llm.AsyncResponse) -> Said | None:
     """Return what the provider said of the end of its answer; ``None`` for a family that is not known."""
     noted: Said | None = getattr(response, _NOTED, None)
-    kept = response.response_json
-    if isinstance(kept, dict):
-        for adapter in _ADAPTERS:
-            found = adapter(kept)
+    kept: Any = response.response_json
+    # llm-gemini before 0.15 keeps all events of an answer: the last one has the reason.
+    for part in reversed(kept) if isinstance(kept, list) else (kept,):
+        for adapter in _ADAPTERS if isinstance(part, dict) else ():
+            found = adapter(part)
             if found is not None:
                 return found if noted is None else _completed(found, noted)
     return noted

@@ -21,7 +21,6 @@ import pytest
 from llm.default_plugins.openai_models import AsyncChat, AsyncResponses
 
 from datasette_llm._compat import ExceptionGroup
-from datasette_llm.calls import completeness
 from datasette_llm.calls.completeness import check_complete
 from datasette_llm.calls.retry import (
     Failure,
@@ -416,7 +415,7 @@ async def test_other_models_are_never_doubted() -> None:
 async def test_plugins_too_old_to_keep_anything_of_a_stream_are_not_doubted(
     plugin: str, installed: str, is_doubted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(completeness.metadata, "version", lambda _: installed)
+    monkeypatch.setattr("importlib.metadata.version", lambda _: installed)
     kind: Any = type("Model", (AsyncChat,), {"__module__": plugin})
     with pytest.raises(IncompleteAnswer) if is_doubted else nullcontext():
         check_complete(chat_response(None, model=kind("m")))

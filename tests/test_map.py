@@ -21,7 +21,7 @@ from .fakes import FakeModel, registered
 from .hooks import hooked
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 
     from datasette_llm import GroupModel, PromptResponse
 
@@ -611,3 +611,26 @@ async def test_without_the_garbage_collector_nothing_piles_up() -> None:
             assert sum(ref() is not None for ref in refs) <= 1
     finally:
         gc.enable()
+
+
+async def test_while_prompts_wait_for_another_attempt_others_are_asked() -> None:
+    class BusyError(Exception):
+        status_code = 500
+        headers = {"retry-after": "10"}  # noqa: RUF012
+
+    asked: list[tuple[float, str]] = []
+
+    async def answer(prompt: str) -> AsyncGenerator[Any, None]:
+        asked.append((anyio.current_time() - began, prompt))
+        await anyio.sleep(1)
+        if len(asked) <= 2:
+            raise BusyError("not now")
+        yield prompt
+
+    source = Source(4)
+    began = anyio.current_time()
+    async with group_of(FakeModel(answer), concurrency=2) as model:
+        pairs = [(item, await response.text()) async for item, response in model.map(source.sync(), str)]
+    assert {prompt for at, prompt in asked if at < 2} == {"0", "1", "2", "3"}
+    assert sorted(pairs) == [(item, str(item)) for item in range(4)]
+    assert len(asked) == 6

@@ -55,6 +55,8 @@ class Caller(Protocol):
 
     def count_retry(self) -> None: ...
 
+    def rest(self, resting: bool) -> None: ...
+
 
 def _everybodys(refusal: Refusal) -> Exception:
     # Without its traceback, which would grow with every prompt.
@@ -72,7 +74,9 @@ class ModelCall:
         settings: retries and the timeout of an attempt.
     """
 
-    __slots__ = ("_ask", "_lost", "_response", "_sent_at", "_settings", "_slots", "_started", "_task")
+    __slots__ = (
+        "_ask", "_lost", "_response", "_resting", "_sent_at", "_settings", "_slots", "_started", "_task",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -89,6 +93,7 @@ class ModelCall:
         self._settings = settings
         self._started: float | None = None
         self._sent_at = 0.0
+        self._resting = False
         # Seconds of attempts that never came back.
         self._lost = 0.0
 
@@ -121,6 +126,13 @@ class ModelCall:
             first: Exception | None = error
         else:
             return
+        self._rest(True)
+        try:
+            await self._call_again(first)
+        finally:
+            self._rest(False)
+
+    async def _call_again(self, first: Exception | None) -> None:
         # Most prompts need no second attempt, so the retry loop is told of the first one afterwards.
         retries = self._settings.retries
         async for attempt in retrying(
@@ -137,6 +149,13 @@ class ModelCall:
                 return
             if attempt.error is not None and not self._may_retry(attempt.error):
                 raise attempt.error
+            self._rest(True)
+
+    def _rest(self, resting: bool) -> None:
+        """Tell the task whether the call waits between two attempts, without a slot."""
+        if resting is not self._resting:
+            self._resting = resting
+            self._task.rest(resting)
 
     def _may_retry(self, error: Exception) -> bool:
         # A reader that has seen part of an answer must not see the beginning of another one.
@@ -221,6 +240,7 @@ class ModelCall:
             self._task.begin_attempt(response._observed)
             raise _everybodys(standing.refusal)
         started = await self._acquire(again, standing)
+        self._rest(False)
         outcome = _CANCELLED
         error_name: str | None = "PromptCancelled"
         self._sent_at = started

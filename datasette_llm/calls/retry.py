@@ -12,6 +12,7 @@ Nothing here holds a slot: whoever waits between two attempts has released it.
 from __future__ import annotations
 
 import logging
+import random
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
@@ -39,6 +40,8 @@ __all__ = [
 #: Seconds before the first retry of a transient failure, and at most between two; the jitter keeps the
 #: prompts that one broken connection failed together from coming back together.
 WAIT_INITIAL, WAIT_MAX, WAIT_JITTER = 0.25, 10.0, 0.5
+#: The same before the first retry alone, from and to: what fails once most often passes at once.
+WAIT_FIRST = (0.1, 0.4)
 
 
 class Attempt:
@@ -165,7 +168,7 @@ class _Retrying:
         if failure.kind == "throttled" or failure.retry_after is not None:
             # The throttle decides when anybody is let in again; here only what this prompt was told.
             return wait
-        return True
+        return random.uniform(*WAIT_FIRST) if self._attempts == 1 else True
 
     @staticmethod
     def note(error: Exception, text: str) -> None:

@@ -3,6 +3,7 @@
 Workers live in the group's task group and run their prompts in place, one after the other: no task per
 item. An item is pulled only while fewer items are pulled and not yet taken by the loop than prompts may be
 in flight: memory does not grow with the iterable, and a slow loop slows the prompts down (backpressure).
+Prompts that wait between two attempts are not in flight: as many others are pulled, up to twice the number.
 Workers are started as there are items for them; those without one are idle.
 
 Two objects: ``PromptMap`` is the iterator the loop holds; dropping it (``break``) stops the map. ``MapRun``
@@ -106,6 +107,8 @@ class MapRun(Generic[T]):
         self._error: Exception | None = None
         # Pulled, and not yet taken by the loop.
         self._outstanding = 0
+        # Of these, how many wait between two attempts.
+        self._resting = 0
         self._results: deque[tuple[T, PromptResponse]] = deque()
         self._news: Signal | None = None
         self._idle: deque[anyio.Event] = deque()
@@ -182,7 +185,8 @@ class MapRun(Generic[T]):
     @property
     def has_room(self) -> bool:
         """Whether another item may be pulled."""
-        return self._outstanding < self._slots.wanted and not self.exhausted
+        wanted = self._slots.wanted
+        return self._outstanding - min(self._resting, wanted) < wanted and not self.exhausted
 
     def stir(self) -> None:
         """Have another item pulled, if there is room for one."""
@@ -192,6 +196,12 @@ class MapRun(Generic[T]):
         elif not self._waking and self.has_room:
             # The one that is woken wakes the next, if there is room for it then.
             self.wake_worker()
+
+    def _rest(self, resting: bool) -> None:
+        """A prompt waits between two attempts, or does so no more."""
+        self._resting += 1 if resting else -1
+        if resting:
+            self.stir()
 
     def pulled(self) -> None:
         """An item has been pulled."""
@@ -299,6 +309,7 @@ class MapRun(Generic[T]):
             return
         # The limit may have grown to let it begin.
         task.on_begin = self.stir
+        task.on_rest = self._rest
         wrapped = hooks_wrap_prompts()
         self._in_flight[task] = None
         try:

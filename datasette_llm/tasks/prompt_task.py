@@ -37,9 +37,11 @@ class PromptTask(SupervisedTask):
 
     Attributes:
         on_begin: called when its model call begins.
+        on_rest: called when it begins to wait between two attempts, and when it does so no more.
     """
 
     on_begin: Callable[[], None] | None = None
+    on_rest: Callable[[bool], None] | None = None
     _started: anyio.Event | None = None
 
     def __init__(
@@ -87,6 +89,10 @@ class PromptTask(SupervisedTask):
             self.on_begin()
         if self._started is not None:
             self._started.set()
+
+    def rest(self, resting: bool) -> None:
+        if self.on_rest is not None:
+            self.on_rest(resting)
 
     def responses(self) -> list[PromptResponse]:
         return [self.response]

@@ -306,6 +306,9 @@ class SupervisedTask(Interruptible, ABC):
         """The model is about to be called again for the same answer."""
         self.supervisor.counters.retries += 1
 
+    def rest(self, resting: bool) -> None:
+        """The model call begins, or ends, to wait between two attempts: it is not in flight."""
+
     def standing(self, key: str | None) -> Standing | None:
         """What the provider's refusals of a key mean for this task."""
         return self.supervisor.standing(key)

@@ -1,7 +1,7 @@
 """What a prompt costs with each provider's plugin, as a ratio to OpenAI's in the same round.
 
 ``table()`` has each family of ``tests/protocols`` asked through ``map()``, whole and streamed, by turns: the
-server in a process of its own, and the client in another, which has imported everything before it is measured.
+server in a process of its own, and the client in another, which has imported everything before.
 What counts is the CPU of the client's process.
 """
 

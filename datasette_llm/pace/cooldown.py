@@ -41,7 +41,7 @@ ENOUGH_REQUESTS = 20
 #: A provider that has accepted so many requests may refuse one by chance, if it asks for no longer wait than
 #: this, in seconds; it is no chance any more when so many are refused among so many that were sent.
 ENOUGH_ACCEPTED, SHORT_WAIT_SECONDS = 20, 0.5
-NO_CHANCE, NO_CHANCE_AMONG = 4, 30
+NO_CHANCE, NO_CHANCE_AMONG = 4, 20
 #: So many requests without a refusal show that the last one was the only one.
 SINGLE_REFUSAL_REQUESTS = 30
 #: A gap in sending, in seconds, after which what was sent before does not count.

@@ -31,7 +31,8 @@ async def test_one_that_is_never_answered_is_asked_again(seconds: float, given_u
         async with LLM(datasette_with()).group("fake", concurrency=10) as model:
             errors = [response.error async for _, response in model.map(range(200), str)]
     assert errors == [None] * 200
-    assert asked[1] - asked[0] == pytest.approx(given_up_after, abs=2)
+    # Others were asked meanwhile, so that it waits for one of them to be answered.
+    assert given_up_after - 2 <= asked[1] - asked[0] <= given_up_after + seconds + 2
 
 
 async def test_one_that_is_never_answered_fails_in_the_end() -> None:

@@ -80,6 +80,11 @@ async def states(datasette: Any) -> list[tuple[str, int]]:
     return [(job["state"], job["written"]) for job in jobs]
 
 
+async def all_written(datasette: Any) -> bool:
+    jobs = await states(datasette)
+    return {state for state, _ in jobs} == {"done"} and sum(written for _, written in jobs) == 10
+
+
 async def test_a_server_collects_by_itself_and_shows_how_batches_stand(job: Job) -> None:
     await job.run(batch_size=4)
     async with serving(job) as datasette:
@@ -92,7 +97,8 @@ async def test_a_server_collects_by_itself_and_shows_how_batches_stand(job: Job)
         assert await states(datasette) == [("submitted", 0)]
         job.provider.advance(2 * HOUR)
         with anyio.fail_after(PATIENCE_SECONDS):
-            while await states(datasette) != [("done", 10), ("done", 0)]:  # noqa: ASYNC110
+            # In one look or in several: the provider may have been asked as its clock moved on.
+            while not await all_written(datasette):  # noqa: ASYNC110
                 await anyio.sleep(0.02)  # A page is all that tells.
         assert "3 batches, nothing left to collect" in await text_of(datasette, f"{JOBS}/1")
         assert "in batches, at their price" in await text_of(datasette, f"{JOBS}/2")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import anyio
 import pytest
 
 from datasette_llm.pace.adaptive import AdaptiveLimit
@@ -122,6 +123,26 @@ async def test_refusals_at_random_do_not_stop_everybody() -> None:
     report = await send_all(provider, 2000, concurrency=100)
     assert report.lost == 0
     assert report.seconds <= 1.15 * 2000 * 0.2 / 100
+
+
+async def test_a_provider_that_takes_fewer_from_one_moment_on_is_not_hammered() -> None:
+    provider = SimulatedProvider(in_flight=50, latency=1.0, retry_after=None, round_trip=0.02)
+    throttle = Throttle("simulated", PromptSettings())
+    await send_all(provider, 1500, throttle=throttle, attempts=100)
+    provider.in_flight = 15
+    report = await send_all(provider, 1000, throttle=throttle, attempts=100)
+    assert report.lost == 0
+    assert report.refused <= 0.1 * 1000
+
+
+async def test_a_pace_that_was_found_is_good_for_more_than_a_day() -> None:
+    provider = SimulatedProvider(rate=20, burst=20, latency=0.2)
+    throttle = Throttle("simulated", PromptSettings())
+    await send_all(provider, 300, throttle=throttle)
+    await anyio.sleep(30 * 86_400)
+    report = await send_all(provider, 300, throttle=throttle)
+    assert report.lost == 0
+    assert report.refused <= 0.05 * 300
 
 
 @pytest.mark.parametrize(("refusals", "seconds"), [(2, 60), (20, 120)])

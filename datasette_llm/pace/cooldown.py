@@ -42,7 +42,7 @@ ENOUGH_REQUESTS = 20
 #: this, in seconds; it is no chance any more when so many are refused among so many that were sent.
 ENOUGH_ACCEPTED, SHORT_WAIT_SECONDS = 20, 0.5
 NO_CHANCE, NO_CHANCE_AMONG = 4, 20
-#: So many requests without a refusal show that the last one was the only one.
+#: So many accepted requests show that the last refusal was the only one.
 SINGLE_REFUSAL_REQUESTS = 30
 #: A gap in sending, in seconds, after which what was sent before does not count.
 IDLE_SECONDS = 5.0
@@ -91,7 +91,7 @@ class Cooldowns:
         self._sent: deque[float] = deque(maxlen=4096)
         self._sent_count = 0
         self._lone_at = -math.inf
-        # How many had been sent when a pause with one refusal only was over.
+        # How many had been accepted when a pause with one refusal only was over.
         self._single_refusal_at = -math.inf
         self._refused_count = 0
         self._refused_at: deque[float] = deque(maxlen=64)
@@ -288,8 +288,8 @@ class Cooldowns:
             self._trial = Bucket(1.0, 1.0, 1.0, now)
         if pause.refused == 1:
             self._refused_alone(now, pause.in_flight)
-            apart = self._sent_count - self._single_refusal_at
-            self._single_refusal_at = self._sent_count
+            apart = accepted - self._single_refusal_at
+            self._single_refusal_at = accepted
             if SINGLE_REFUSAL_REQUESTS < apart < math.inf:
                 # Were there a limit on rate or number, the second would have come soon after the first.
                 self._lifted = lifted + 1

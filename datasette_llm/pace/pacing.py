@@ -36,6 +36,8 @@ PROBE_AFTER_SECONDS = 4.0
 PROBE_GROWTH = 0.01
 PROBE_DOUBLING_SECONDS = 6.0
 PROBE_GROWTH_MAX = 0.15
+#: Doublings that are more than enough for that: nobody may have asked for days, and floats have their bounds.
+PROBE_DOUBLINGS_MAX = 8.0
 #: The same for a rate that is only guessed: the sooner it is refused, the sooner it is measured.
 GUESS_AFTER_SECONDS, GUESS_GROWTH = 0.5, 0.5
 
@@ -245,8 +247,7 @@ class FoundRate:
         if seconds > 0:
             growth = GUESS_GROWTH
             if self.measured:
-                growth = min(
-                    PROBE_GROWTH_MAX, PROBE_GROWTH * 2 ** ((now - calm_since) / PROBE_DOUBLING_SECONDS)
-                )
+                doublings = min((now - calm_since) / PROBE_DOUBLING_SECONDS, PROBE_DOUBLINGS_MAX)
+                growth = min(PROBE_GROWTH_MAX, PROBE_GROWTH * 2**doublings)
             bucket.fill(now)
             bucket.rate *= 1 + growth * seconds

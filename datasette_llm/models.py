@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .calls.prices import Pricing
     from .calls.standing import Refusal
     from .pace.policy import Patience
-    from .pace.throttle import Slots
+    from .pace.slots import Slots
     from .responses.response import PromptResponse
     from .tasks.conversation import Turn
     from .tasks.stats import GroupStats

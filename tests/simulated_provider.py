@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 import anyio
 
+from datasette_llm.pace.outcome import Outcome
 from datasette_llm.pace.policy import ConcurrencyBounds, PromptSettings
-from datasette_llm.pace.throttle import Outcome, Throttle
+from datasette_llm.pace.throttle import Throttle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,7 +10,7 @@ import pytest
 
 from datasette_llm import PromptCancelled
 from datasette_llm._compat import ExceptionGroup
-from datasette_llm.pace.throttle import Slots
+from datasette_llm.pace.slots import Slots
 from datasette_llm.responses.outcome import used_tokens
 from datasette_llm.responses.response import PromptResponse
 from datasette_llm.tasks import prompt_task

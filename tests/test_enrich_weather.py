@@ -9,7 +9,7 @@ import anyio
 import pytest
 
 from datasette_llm.enrich.telling.weather import away_in_words
-from datasette_llm.pace.throttle import Away
+from datasette_llm.pace.outage import Away
 from tests.enrich_tables import TableFile, fake_model
 
 if TYPE_CHECKING:

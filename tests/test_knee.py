@@ -7,9 +7,10 @@ import random
 import anyio
 import pytest
 
+from datasette_llm.pace.outcome import Outcome
 from datasette_llm.pace.overtaking import WINDOW, Overtaking
 from datasette_llm.pace.policy import ConcurrencyBounds, PromptSettings
-from datasette_llm.pace.throttle import Outcome, Throttle
+from datasette_llm.pace.throttle import Throttle
 
 from .simulated_provider import SimulatedProvider, send_all
 

@@ -13,12 +13,14 @@ from datasette_llm.errors import ProviderUnreachable
 from datasette_llm.pace.outage import Outage
 from datasette_llm.pace.outcome import Outcome, Trouble
 from datasette_llm.pace.policy import ConcurrencyBounds, Patience, PromptSettings
-from datasette_llm.pace.throttle import Slots, Throttle
+from datasette_llm.pace.throttle import Throttle
 from tests.fakes import FakeModel, registered
 from tests.hooks import datasette_with
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable
+
+    from datasette_llm.pace.slots import Slots
 
 REFUSED = ConnectionRefusedError(111, "Connection refused")
 ALWAYS = Patience(1800, together=True)

@@ -23,6 +23,7 @@ import pytest
 from datasette_llm import LLM
 from datasette_llm.calls.clients import transport
 from datasette_llm.calls.clients.pool import ClientPool
+from datasette_llm.pace.throttle import Throttle
 from datasette_llm.tasks.root import drain
 
 from .fakes import registered
@@ -115,9 +116,10 @@ async def test_announced_limits_set_the_pace(family: str) -> None:
         with registered(model):
             async with LLM(datasette_with()).group(model.model_id) as group:
                 await (await group.prompt("you")).text()
-                announced = group._supervisor.slots._throttle._announced.requests
+                throttle = group._supervisor.slots._throttle
+                assert isinstance(throttle, Throttle)
                 # 600 a minute, in every provider's spelling.
-                assert announced.rate == pytest.approx(10.0, rel=0.1)
+                assert throttle.rates()["announced"] == pytest.approx(10.0, rel=0.1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

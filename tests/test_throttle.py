@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import TYPE_CHECKING
 
 import anyio
 import pytest
@@ -11,10 +12,14 @@ from anyio.lowlevel import checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from datasette_llm.pace.outcome import Outcome
 from datasette_llm.pace.pacing import Bucket
 from datasette_llm.pace.policy import ConcurrencyBounds, PromptSettings, RateLimit, RetryPolicy
 from datasette_llm.pace.registry import get_throttle
-from datasette_llm.pace.throttle import Outcome, Slots, Throttle
+from datasette_llm.pace.throttle import Throttle
+
+if TYPE_CHECKING:
+    from datasette_llm.pace.slots import Slots
 
 OK = Outcome("ok", seconds=0.1)
 

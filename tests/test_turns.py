@@ -10,12 +10,14 @@ import pytest
 from datasette_llm import LLM
 from datasette_llm.pace.outcome import Outcome, Trouble
 from datasette_llm.pace.policy import ConcurrencyBounds, PromptSettings, RateLimit
-from datasette_llm.pace.throttle import Slots, Throttle
+from datasette_llm.pace.throttle import Throttle
 from tests.fakes import FakeModel, registered
 from tests.hooks import datasette_with
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
+
+    from datasette_llm.pace.slots import Slots
 
 OK = Outcome("ok")
 TROUBLE = Trouble("the connection is refused", ConnectionRefusedError())

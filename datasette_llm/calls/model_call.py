@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import llm
 
     from ..pace.policy import PromptSettings
-    from ..pace.throttle import Slots
+    from ..pace.slots import Slots
     from ..responses.response import PromptResponse
     from .choice import Choice
     from .failures import Failure

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from .outcome import Trouble
@@ -37,6 +37,24 @@ INTERVAL_SHARE, INTERVAL_MIN, INTERVAL_MAX = 0.25, 1.0, 30.0
 OUTLIVED, OUTLIVED_SECONDS = 3.0, 1.0
 #: Calls at a time when a probe has got through.
 RETURNING = 2
+
+
+class Away(NamedTuple):
+    """A provider that cannot be reached, at one moment.
+
+    Attributes:
+        address: whom it was tried to reach, if that is known: host and port.
+        what: what happened at the last try.
+        seconds: since when nobody was answered.
+        next_try: seconds until the next try; 0 while one is under way.
+        reached: whether it ever answered.
+    """
+
+    address: str | None
+    what: str
+    seconds: float
+    next_try: float
+    reached: bool
 
 
 class Outage:

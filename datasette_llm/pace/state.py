@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from .throttle import Away, Throttle
+    from .outage import Away
+    from .throttle import Throttle
 
 Condition = Literal["open", "cooling down", "away", "returning"]
 

@@ -1,7 +1,7 @@
 """Who may call the model now: slots, pace and cooldown of one provider key and model.
 
-A ``Throttle`` is shared by everybody on one event loop who uses the same key and model; ``Slots`` is one
-group's view of it. A call may start when four things hold:
+A ``Throttle`` is shared by everybody on one event loop who uses the same key and model; ``slots.Slots`` is
+one group's view of it. A call may start when four things hold:
 
 1. its lane has room: a fixed number in flight, or the shared adaptive one (``adaptive``);
 2. the provider can be reached (``outage``), or the call is the one that tries;
@@ -15,192 +15,32 @@ Whoever waits does so in the ``queue``.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 from weakref import ref
-
-from anyio.lowlevel import checkpoint
 
 from ..backends.loops import loop_clock
 from ..errors import ProviderUnreachable
 from .adaptive import AdaptiveLimit
 from .announced import AnnouncedLimits
-from .attempt_limit import AttemptLimit
 from .cooldown import Cooldowns
 from .lanes import Holder, Lane, Waiter
-from .outage import Outage
-from .outcome import Outcome
+from .outage import Away, Outage
 from .pacing import fixed_buckets
 from .policy import Patience
 from .queue import Queue
+from .slots import Slots
 from .tally import LastHour
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from .outcome import Outcome
     from .policy import ConcurrencyBounds, PromptSettings
-
-__all__ = ["Away", "Outcome", "Slots", "Throttle"]
 
 #: Seconds between two calls that start together.
 MOMENT = 1e-6
 #: Statuses that say that nobody is served now.
 UNAVAILABLE = frozenset({502, 503, 504, 529})
-
-
-class Away(NamedTuple):
-    """A provider that cannot be reached, at one moment.
-
-    Attributes:
-        address: whom it was tried to reach, if that is known: host and port.
-        what: what happened at the last try.
-        seconds: since when nobody was answered.
-        next_try: seconds until the next try; 0 while one is under way.
-        reached: whether it ever answered.
-    """
-
-    address: str | None
-    what: str
-    seconds: float
-    next_try: float
-    reached: bool
-
-
-class Slots:
-    """One group's view of a throttle. Every acquire is followed by exactly one release."""
-
-    __slots__ = (
-        "_throttle", "acquired_at", "attempts", "in_use", "lane", "last_turn", "now", "patience",
-        "throttled_seconds", "urgent",
-    )  # fmt: skip
-
-    def __init__(self, throttle: Throttle, lane: Lane, patience: Patience, urgent: bool) -> None:
-        self._throttle = throttle
-        self.lane = lane
-        self.patience = patience
-        #: How long one attempt may take, where nobody has said so.
-        self.attempts = AttemptLimit()
-        self.urgent = urgent
-        self.last_turn = 0
-        #: The event loop's clock, read faster than through anyio.
-        self.now = throttle._now
-        self.in_use = 0
-        #: When the last slot was taken: of whoever has just called ``acquire_nowait()`` or ``acquire()``.
-        self.acquired_at = 0.0
-        self.throttled_seconds = 0.0
-
-    @property
-    def limit(self) -> int:
-        """How many calls may be in flight now. An adaptive limit grows while somebody waits for it."""
-        return self.lane.limit
-
-    @property
-    def wanted(self) -> int:
-        """How many calls to have at hand: the limit, and one to wait for it where that makes it grow."""
-        adaptive = self.lane.adaptive
-        if adaptive is None:
-            return self.lane.fixed
-        limit = adaptive.limit
-        return limit + 1 if limit < adaptive.bounds.max else limit
-
-    @property
-    def paced(self) -> bool:
-        """Whether anything but the number in flight can make somebody wait; then a call's tokens count."""
-        return self._throttle.paced
-
-    @property
-    def outage_seconds(self) -> float:
-        """How long the provider could not be reached until now, for those whose time stands still then."""
-        return self._throttle.outage.seconds(self.now()) if self.patience.together else 0.0
-
-    def away(self) -> Away | None:
-        """Say that the provider cannot be reached, if so."""
-        return self._throttle.away_now()
-
-    def cooldown_seconds(self) -> float:
-        """Return how long the provider's last refusal still keeps everybody waiting."""
-        return self._throttle.cooldown_seconds()
-
-    def is_weather(self, sent: float, *, alone: bool) -> bool:
-        """Whether a call that failed did so because the provider is, or was, away.
-
-        Args:
-            sent: when it was sent.
-            alone: whether it may have failed for what it asked: then only if others had failed before.
-        """
-        return self._throttle.outage.covers(sent, alone=alone)
-
-    def waited_in_line(self, sent: float) -> bool:
-        """Whether a call that was given up had waited in line while others were answered: the limit falls.
-
-        Args:
-            sent: when it was sent.
-        """
-        return self._throttle.waited_in_line(self.lane, self.now(), sent)
-
-    def waits_for_room(self) -> bool:
-        """Whether a call that found a full line waits for room: a job's, while anybody is served."""
-        patience = self.patience
-        return patience.together and self.now() - self._throttle.served_at < patience.seconds
-
-    def acquire_nowait(self, tokens: int = 0) -> bool:
-        """Take a slot if a call may start at once.
-
-        Args:
-            tokens: an estimate of what the call will use.
-        """
-        throttle, lane = self._throttle, self.lane
-        if self.urgent:
-            waiter = lane.next()
-            if (waiter is not None and waiter.slots.urgent) or not lane.has_room(urgent=True):
-                return False
-        elif lane.waiting or lane.in_use >= lane.limit:
-            return False
-        now = self.now()
-        if throttle.paced:
-            overtakes = throttle.waiting and not self.urgent
-            if overtakes or throttle.opening(now, tokens) > now:
-                return False
-        self.acquired_at = throttle.started(self, now, tokens)
-        return True
-
-    async def acquire(self, tokens: int = 0, *, first: bool = False) -> None:
-        """Wait until a call may start, and take its slot.
-
-        Cancellation while waiting leaves nothing taken.
-
-        Args:
-            tokens: an estimate of what the call will use.
-            first: go ahead of those who wait (a retry, whose time is limited).
-
-        Raises:
-            ProviderUnreachable: it has been away for as long as the owner's ``patience`` lasts.
-        """
-        if self.acquire_nowait(tokens):
-            taken = self.acquired_at
-            try:
-                await checkpoint()
-            except BaseException:
-                self._throttle.gave_back(self, tokens, taken)
-                raise
-            self.acquired_at = taken
-            return
-        waiter = Waiter(self, tokens, self.now(), again=first)
-        await self._throttle.queue.wait(waiter)
-        self.acquired_at = waiter.started
-
-    def release(self, outcome: Outcome, started: float | None = None, prompt: object = None) -> None:
-        """Give the slot back, and say how the call went.
-
-        Args:
-            started: when the call started, by ``now()``; without it ``outcome.seconds`` counts.
-            prompt: whose call it was, only to be compared.
-        """
-        self._throttle.release(self, outcome, started, prompt)
-
-    @property
-    def hour(self) -> LastHour:
-        """What happened with this key and model in the last hour, whoever's calls they were."""
-        return self._throttle.hour
 
 
 class Throttle:
@@ -213,12 +53,12 @@ class Throttle:
     """
 
     def __init__(self, model_id: str, settings: PromptSettings, key_name: str | None = None) -> None:
-        self._now = loop_clock()
+        self.now = loop_clock()
         self.model_id = model_id
         self.key_name = key_name
         self._known_lanes: list[ref[Lane]] = []
-        self.hour = LastHour(self._now)
-        self._fixed_requests, self._fixed_tokens = fixed_buckets(settings.rate_limit, self._now())
+        self.hour = LastHour(self.now)
+        self._fixed_requests, self._fixed_tokens = fixed_buckets(settings.rate_limit, self.now())
         self._announced = AnnouncedLimits()
         self._cooldowns = Cooldowns(model_id, settings.retries.timeout, self._cut, self._refused_alone)
         self._patience = Patience(settings.retries.timeout)
@@ -229,9 +69,9 @@ class Throttle:
         self.in_use = 0
         self._estimated_tokens = 0.0
         #: When a call was answered with what it asked for, as far as that was looked at.
-        self.served_at = self._now()
+        self.served_at = self.now()
         self._last_started = -math.inf
-        self.queue = Queue(self, self._now)
+        self.queue = Queue(self, self.now)
 
     @property
     def waiting(self) -> int:
@@ -266,7 +106,7 @@ class Throttle:
             return Slots(self, self._known(Lane(max(1, concurrency))), patience, urgent)
         lane = self._adaptive_lanes.get(concurrency)
         if lane is None:
-            lane = self._known(Lane(AdaptiveLimit(concurrency, self._now())))
+            lane = self._known(Lane(AdaptiveLimit(concurrency, self.now())))
             self._adaptive_lanes[concurrency] = lane
         return Slots(self, lane, patience, urgent)
 
@@ -278,7 +118,7 @@ class Throttle:
             headers: its headers, found by lower-case name.
             age: seconds since the request was sent.
         """
-        now = self._now()
+        now = self.now()
         returned = self.outage.active and status not in UNAVAILABLE and self.outage.answered(now, now - age)
         sent_since = max(0, self._cooldowns.sent_since(now - age - 0.001) - 1)
         if self._announced.observe(now, headers, age, sent_since, refused=status in (429, 503, 529)):
@@ -293,14 +133,14 @@ class Throttle:
 
     def cooldown_seconds(self) -> float:
         """Return how long a refusal still keeps everybody waiting."""
-        return self._cooldowns.seconds(self._now())
+        return self._cooldowns.seconds(self.now())
 
     def away_now(self) -> Away | None:
         """Say that the provider cannot be reached, if so."""
         outage, trouble = self.outage, self.outage.trouble
         if not outage.active or trouble is None:
             return None
-        now = self._now()
+        now = self.now()
         next_try = max(0.0, outage.next_probe - now) if not self.in_use else 0.0
         return Away(trouble.address, trouble.what, now - outage.began, next_try, outage.reached)
 
@@ -325,7 +165,7 @@ class Throttle:
         }
         return {source: rate for source, rate in known.items() if rate is not None}
 
-    # What follows is for Slots and the queue.
+    # What follows is for slots and the queue.
 
     def opening(self, now: float, tokens: int) -> float:
         """Return when outage, cooldown and pace let a call start: now, or later."""
@@ -370,7 +210,7 @@ class Throttle:
 
     def gave_back(self, slots: Holder, tokens: int, started: float) -> None:
         """Undo ``started()`` for a call that was cancelled before it began."""
-        now = self._now()
+        now = self.now()
         if slots.lane.adaptive is not None:
             slots.lane.adaptive.overtaking.ended(started, answered=False)
         slots.in_use -= 1
@@ -415,10 +255,10 @@ class Throttle:
             self._learn(lane, outcome, started, prompt)
         self.in_use -= 1
         if self.waiting:
-            self.queue.dispatch(self._now())
+            self.queue.dispatch(self.now())
 
     def _learn(self, lane: Lane, outcome: Outcome, started: float | None, prompt: object) -> None:
-        now = self._now()
+        now = self.now()
         seconds = outcome.seconds if started is None else now - started
         beside = 1
         if lane.adaptive is not None:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from llm.parts import Message
 
     from ..calls.choice import Choice
-    from ..pace.throttle import Slots
+    from ..pace.slots import Slots
     from ..responses.response import Prompter
     from .chain import Chain
     from .conversation import Turn

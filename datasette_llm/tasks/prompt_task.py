@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import llm
 
     from ..calls.choice import Choice
-    from ..pace.throttle import Slots
+    from ..pace.slots import Slots
     from ..responses.response import Prompter
     from .conversation import Turn
     from .supervisor import Supervisor

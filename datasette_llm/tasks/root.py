@@ -25,7 +25,8 @@ from .supervisor import GRACE_SECONDS, Supervisor
 
 if TYPE_CHECKING:
     from ..pace.policy import ConcurrencyBounds
-    from ..pace.throttle import Slots, Throttle
+    from ..pace.slots import Slots
+    from ..pace.throttle import Throttle
     from .supervisor import Child
 
 logger = logging.getLogger("datasette_llm")

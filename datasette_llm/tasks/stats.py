@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..calls.remote.fleet import Figures
-    from ..pace.throttle import Away
+    from ..pace.outage import Away
 
 
 @dataclass(frozen=True, slots=True)

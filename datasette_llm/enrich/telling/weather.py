@@ -9,7 +9,7 @@ from .stopped import clock_time
 from .words import duration
 
 if TYPE_CHECKING:
-    from ...pace.throttle import Away
+    from ...pace.outage import Away
 
 
 def away_in_words(away: Away) -> str:

@@ -259,6 +259,8 @@ async def test_what_stops_the_program_lets_the_wrappers_settle_first(stop: type[
 SCRIPT = """
     import os, signal, sys
     os.environ["DATASETTE_LOAD_PLUGINS"] = "datasette-llm,datasette-secrets"
+    # What is started in the background of a shell inherits that it is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     import anyio
     from tests.fakes import FakeModel
     from tests.spies import Spy, watched

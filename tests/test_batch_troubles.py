@@ -6,6 +6,7 @@ import json
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import pytest
 
@@ -347,10 +348,12 @@ async def test_a_database_in_memory_has_no_batches(job: Job) -> None:
         conn.commit()
 
     datasette = Datasette(memory=True)
+    # An older Datasette cannot be closed, and whoever opens one of this name finds it again.
+    name = f"nowhere_{uuid4().hex}"
     async with open_side():
-        await write(datasette.add_memory_database("kept_nowhere"), make)
+        await write(datasette.add_memory_database(name), make)
     asked: dict[str, Any] = {"prompt": "{{ text }}", "column": "answer", "model": "batched", "batch": True}
-    spec = JobSpec(database="kept_nowhere", table="t", **asked)
+    spec = JobSpec(database=name, table="t", **asked)
     with pytest.raises(EnrichInputError, match="a database in memory cannot have any"):
         await EnrichJob(datasette, spec, way=BatchWay(datasette)).run()
     if hasattr(datasette, "close"):

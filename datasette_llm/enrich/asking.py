@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from anyio.lowlevel import checkpoint
 
+from datasette_llm.backends.pages_first import GivingWay
 from datasette_llm.calls.failures import words_of
 from datasette_llm.calls.prices import cost_of
 from datasette_llm.errors import PromptCancelled, ProviderUnreachable
@@ -109,6 +110,7 @@ class Asking:
         self._stop = stop
         self._log = log
         self._spacing = None if batch else Spacing()
+        self._giving_way = GivingWay()
         self._refusals = Refusals(tolerant=batch or plan.spec.max_failures is not None)
         self._questions: Questions[Row] = Questions(reuse=plan.spec.reuse and share)
         # Failures of rows that waited for a question whose failure is held back.
@@ -205,6 +207,7 @@ class Asking:
                 for each in asked:
                     await self._writer.ready()
                     await self._ledger.unpaused()
+                    await self._giving_way.wait()
                     if self._ledger.is_over():
                         await forgetter.flush()
                         return

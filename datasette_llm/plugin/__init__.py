@@ -68,12 +68,13 @@ async def _end_all(datasette: Datasette) -> None:
 
 @hookimpl
 def asgi_wrapper(datasette: Datasette) -> Any:
-    """Have the server's lifespan own jobs where Datasette owns no background tasks, and end them with it."""
+    """Let jobs know of pages; and have the lifespan own jobs where Datasette owns no background tasks."""
+    from ..backends.pages_first import watching_pages
     from ..pages.jobs.owner import owns_tasks, with_lifespan
 
     if owns_tasks(datasette):
-        return None
-    return lambda app: with_lifespan(datasette, app, partial(_end_all, datasette))
+        return watching_pages
+    return lambda app: with_lifespan(datasette, watching_pages(app), partial(_end_all, datasette))
 
 
 @hookimpl

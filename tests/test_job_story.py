@@ -395,3 +395,21 @@ async def test_what_a_row_has_of_models_only_where_something_is_on_record(file: 
             assert "Values that language models gave" not in (await pages.get("/data/other/1")).text
             assert json.loads((await pages.get("/data/words/1.json")).text)["ok"]
             assert JOBS in (await pages.get("/data")).text
+
+
+async def test_a_job_that_ends_while_its_record_is_read_is_not_called_interrupted(
+    file: TableFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fake_model():
+        async with site(file) as pages:
+            await pages.ended(await pages.run(prompt="{{ word }}", column="answer"))
+            as_read = story._find
+
+            def before_it_ended(*args: Any, **which: Any) -> list[dict[str, Any]]:
+                monkeypatch.setattr(story, "_find", as_read)
+                return [run | {"ended": None, "outcome": None} for run in as_read(*args, **which)]
+
+            for path in (f"{JOBS}/1.json", f"{JOBS}.json"):
+                monkeypatch.setattr(story, "_find", before_it_ended)
+                told = (await pages.get(path)).json()
+                assert [job["state"] for job in told.get("jobs", [told])] == ["done"]

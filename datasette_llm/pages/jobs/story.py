@@ -50,14 +50,27 @@ STATES = {
 
 async def list_jobs(datasette: Any, database: Any) -> list[dict[str, Any]]:
     """Return the latest runs of a database."""
-    runs = await read(database, partial(_find, limit=LISTED))
-    return [tell(datasette, database, run) for run in runs]
+    return [tell(datasette, database, run) for run in await _read(database, limit=LISTED)]
 
 
 async def find_run(database: Any, number: int) -> dict[str, Any] | None:
     """Return what is on record of a run."""
-    found = await read(database, partial(_find, run=number))
+    found = await _read(database, run=number)
     return found[0] if found else None
+
+
+async def _read(database: Any, **which: Any) -> list[dict[str, Any]]:
+    """Return runs as they are on record."""
+    runs = await read(database, partial(_find, **which))
+    if any(_is_interrupted(database, run) for run in runs):
+        # Or it has ended since: its end is on record before it lets go of its columns.
+        runs = await read(database, partial(_find, **which))
+    return runs
+
+
+def _is_interrupted(database: Any, run: dict[str, Any]) -> bool:
+    # Whoever fills a column holds its lock, which ends with the process: what nobody holds was interrupted.
+    return run["ended"] is None and not is_held(database, run["table"], run["columns"])
 
 
 def _find(conn: sqlite3.Connection, **which: Any) -> list[dict[str, Any]]:
@@ -106,8 +119,7 @@ def _state(database: Any, run: dict[str, Any], live: LiveJob | None) -> str:
         if is_with_provider(run["batches"]):
             return "submitted"
         return "done" if run["outcome"] == "done" else "stopped"
-    # Whoever fills a column holds its lock, which ends with the process: what nobody holds was interrupted.
-    return "elsewhere" if is_held(database, run["table"], run["columns"]) else "interrupted"
+    return "interrupted" if _is_interrupted(database, run) else "elsewhere"
 
 
 def _of_live(live: LiveJob) -> dict[str, Any]:

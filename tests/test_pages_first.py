@@ -68,6 +68,16 @@ async def test_a_page_that_takes_long_waits_for_something_else(pages: PagesFirst
     assert await seconds_of(GivingWay(pages)) == pytest.approx(0.1, abs=0.02)
 
 
+async def test_a_page_that_runs_a_job_itself_is_not_waited_for(pages: PagesFirst) -> None:
+    waited: list[float] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        waited.append(await seconds_of(GivingWay(pages)))
+
+    await watching_pages(app, pages)({"type": "http"}, None, None)
+    assert waited == [0]
+
+
 @pytest.mark.parametrize("fails", [False, True])
 async def test_a_response_that_has_begun_is_no_page_that_is_being_made(
     pages: PagesFirst, fails: bool

@@ -7,6 +7,7 @@ a page is being made a job starts nothing new; what is in flight already goes on
 from __future__ import annotations
 
 import time
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -52,6 +53,9 @@ class PagesFirst:
 #: Those of this process.
 pages_first = PagesFirst()
 
+#: The page that a task is making.
+_own_page: ContextVar[object] = ContextVar("datasette_llm page")
+
 
 class GivingWay:
     """One job that gives way to pages.
@@ -63,6 +67,8 @@ class GivingWay:
     def __init__(self, pages: PagesFirst | None = None) -> None:
         self._pages = pages or pages_first
         self._undisturbed_until = 0.0
+        # A page that runs a job itself waits for it.
+        self._pages.end(_own_page.get(None))
 
     async def wait(self) -> None:
         """Wait while a page is being made: for half a second at most, and then not for a while."""
@@ -97,9 +103,11 @@ def watching_pages(app: Any, pages: PagesFirst = pages_first) -> Any:
             await send(message)
 
         pages.begin(page)
+        token = _own_page.set(page)
         try:
             await app(scope, receive, sent)
         finally:
+            _own_page.reset(token)
             pages.end(page)
 
     return watched

@@ -139,4 +139,5 @@ async def test_a_server_prepares_for_prompts_if_it_is_configured_for_any(config:
     datasette = Datasette(memory=True, config=config)
     plugin.startup(datasette)
     tasks = [task.name for task in datasette._background_tasks.tasks()]
-    assert ("datasette-llm: prepare for prompts" in tasks) is bool(config)
+    prepares = ["datasette-llm: prepare for prompts"] if config else []
+    assert tasks == ["datasette-llm: collect batches", *prepares]

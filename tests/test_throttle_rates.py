@@ -88,6 +88,12 @@ async def test_a_server_that_queues_is_kept_busy_and_not_flooded(workers: int, l
     assert report.limits[-1] <= 2 * workers
 
 
+async def test_a_slow_server_is_given_no_flood_before_its_first_answer() -> None:
+    provider = SimulatedProvider(workers=4, latency=10.0)
+    report = await send_all(provider, 200)
+    assert report.peak <= 2 * ConcurrencyBounds().start
+
+
 @pytest.mark.parametrize("seconds", [0.5, 12.0, 60.0])
 @pytest.mark.parametrize("workers", [1, 2, 8, 64])
 async def test_a_server_that_queues_is_sent_few_more_than_it_works_on(workers: int, seconds: float) -> None:

@@ -184,6 +184,17 @@ async def test_a_fixed_number_in_flight_is_paced_like_any_other() -> None:
     assert report.limits == [100] * len(report.limits)
 
 
+async def test_several_refused_of_those_sent_in_the_same_moment_are_no_chance() -> None:
+    # The bucket has filled to half of what waits for the end of the first pause.
+    provider = SimulatedProvider(rate=50, burst=50, latency=0.2, retry_after=None)
+    await send_all(provider, 1000, concurrency=100)
+    again = provider.refused_at[50]
+    assert again > 0.4
+    at_once = [at for at in provider.refused_at if again <= at < again + 0.1]
+    # 75 of the 100 find it empty, and no more than those that it takes to tell are sent again at once.
+    assert len(at_once) <= 75 + 20
+
+
 async def test_nothing_is_sent_during_a_cooldown() -> None:
     provider = SimulatedProvider(rate=20, burst=20, latency=0.2, retry_after="ceiling")
     await send_all(provider, 300)

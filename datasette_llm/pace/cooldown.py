@@ -19,6 +19,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .overtaking import SAME_MOMENT_SECONDS
 from .pacing import Bucket, FoundRate
 
 if TYPE_CHECKING:
@@ -39,9 +40,9 @@ AT_ONCE_AT_RANDOM, AT_ONCE_AT_RANDOM_SHARE = 5, 0.2
 #: Requests that such a judgement takes, at least.
 ENOUGH_REQUESTS = 20
 #: A provider that has accepted so many requests may refuse one by chance, if it asks for no longer wait than
-#: this, in seconds; it is no chance any more when so many are refused among so many that were sent.
+#: this, in seconds; it is no chance any more when so many are refused, and this share of what was sent.
 ENOUGH_ACCEPTED, SHORT_WAIT_SECONDS = 20, 0.5
-NO_CHANCE, NO_CHANCE_AMONG = 4, 20
+NO_CHANCE, NO_CHANCE_SHARE = 4, 0.2
 #: So many accepted requests show that the last refusal was the only one.
 SINGLE_REFUSAL_REQUESTS = 30
 #: A gap in sending, in seconds, after which what was sent before does not count.
@@ -95,8 +96,9 @@ class Cooldowns:
         self._single_refusal_at = -math.inf
         self._refused_count = 0
         self._refused_at: deque[float] = deque(maxlen=64)
-        # Which in the order of sending the latest ones were that were refused outside of pauses.
-        self._latest: deque[int] = deque(maxlen=NO_CHANCE)
+        # The latest ones that were refused outside of pauses, newest first: how many had been sent before
+        # and until then.
+        self._latest: deque[tuple[int, int]] = deque(maxlen=32)
         self._accepted_at_pause = 0
         # Whether what was sent after the last pause was answered: somebody is there, and has a limit.
         self._served_since = False
@@ -245,12 +247,21 @@ class Cooldowns:
 
     def _by_chance(self, now: float, seconds: float, retry_after: float | None) -> bool:
         """Whether a refusal is most likely nothing that concerns others."""
-        latest, count = self._latest, self._sent_count
-        latest.append(count - self.sent_since(now - seconds))
+        latest, count, sent = self._latest, self._sent_count, now - seconds
+        # Those that were sent in the same moment arrive in any order: it stands for all of them.
+        latest.appendleft(
+            (
+                count - self.sent_since(sent - SAME_MOMENT_SECONDS),
+                count - self.sent_since(sent + SAME_MOMENT_SECONDS),
+            )
+        )
         if retry_after is not None and retry_after > SHORT_WAIT_SECONDS:
             return False
-        if len(latest) == NO_CHANCE and max(latest) - min(latest) <= NO_CHANCE_AMONG:
-            return False
+        first, last = latest[0]
+        for refused, (before, until) in enumerate(latest, 1):
+            first, last = min(first, before), max(last, until)
+            if refused >= NO_CHANCE and refused >= NO_CHANCE_SHARE * (last - first):
+                return False
         # Refusals come back sooner than answers: who was sent long enough ago was accepted.
         on_their_way = self.sent_since(now - 2 * seconds - 0.01)
         return count - on_their_way - self._refused_count >= ENOUGH_ACCEPTED

@@ -191,8 +191,8 @@ async def test_several_refused_of_those_sent_in_the_same_moment_are_no_chance() 
     again = provider.refused_at[50]
     assert again > 0.4
     at_once = [at for at in provider.refused_at if again <= at < again + 0.1]
-    # 75 of the 100 find it empty, and no more than those that it takes to tell are sent again at once.
-    assert len(at_once) <= 75 + 20
+    # 75 of the 100 find it empty; a fifth refused of what was sent is what it takes to tell.
+    assert len(at_once) <= 75 + 25
 
 
 async def test_nothing_is_sent_during_a_cooldown() -> None:

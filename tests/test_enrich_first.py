@@ -193,6 +193,40 @@ def test_an_estimate_of_nothing_says_so(file: TableFile, tmp_path: Path) -> None
     assert done.stdout == "No row is waiting for a value: nothing would be sent to fake\n"
 
 
+def test_where_no_answer_is_stale_it_is_said_so(file: TableFile, tmp_path: Path) -> None:
+    with registered(Counting()):
+        command(file, tmp_path, "-m", "fake", "--limit", "3")
+        told = [
+            command(file, tmp_path, "-m", "fake", "--stale", *more).output
+            for more in ([], ["--dry-run"], ["--estimate"], ["--try", "2"])
+        ]
+    assert ["no answer in t (answer) is stale" in text.lower() for text in told] == [True, True, False, True]
+    assert "No answer is stale: nothing would be sent to fake" in told[2]
+    assert "is waiting" not in "".join(told)
+
+
+def test_of_several_models_a_run_takes_the_last_and_says_so(file: TableFile, tmp_path: Path) -> None:
+    first, last = Counting(), Counting(model_id="last")
+    with registered(first, last):
+        done = command(file, tmp_path, "-m", "fake", "-m", "last", "--limit", "2")
+    assert done.exit_code == 0
+    assert "Several -m are compared by --try N; this asks last, the last one." in done.stderr
+    assert (len(first.prompts), len(last.prompts)) == (0, 2)
+
+
+def test_a_trial_shows_what_is_attached(file: TableFile, tmp_path: Path) -> None:
+    (tmp_path / "seen.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    seeing = Counting()
+    seeing.attachment_types = {"image/png"}
+    picture = str(tmp_path / "{% if id %}seen{% endif %}.png")
+    with registered(seeing):
+        done = command(file, tmp_path, "-m", "fake", "--try", "1", "-a", picture)
+        data = command(file, tmp_path, "-m", "fake", "--try", "1", "-a", picture, "--json")
+    shown = "".join(done.output.split())
+    assert "seen.png" in shown, done.output
+    assert json.loads(data.stdout)["answers"][0]["attachments"] == [str(tmp_path / "seen.png")]
+
+
 def test_the_command_stops_at_max_cost_and_says_how_to_go_on(file: TableFile, tmp_path: Path) -> None:
     with registered(Counting()):
         done = command(file, tmp_path, "-m", "fake", "--max-cost", "60", "--concurrency", "1")

@@ -301,6 +301,8 @@ def enrich_command(
         columns=partial(columns_of, database, table),
     )
     asked["schema"] = said.schema
+    if len(set(models)) > 1 and number is None and not quiet:
+        click.echo(f"Several -m are compared by --try N; this asks {models[-1]}, the last one.", err=True)
     if said.prompt is None:
         raise click.UsageError("Say what to ask: a PROMPT, or -t NAME for a template of llm that has one.")
     if asked["column"] is None and said.schema is None:

@@ -63,12 +63,14 @@ class Survey:
         sample: some of them, in the order of the table.
         extra: characters that go with each prompt: the system prompt and the schema.
         attachments: whether anything goes with them that is no text.
+        stale: whether they wait because their answers are out of date.
     """
 
     rows: int
     sample: list[Sampled]
     extra: int
     attachments: bool = False
+    stale: bool = False
 
     @property
     def asked(self) -> int:
@@ -118,7 +120,9 @@ async def survey(plan: Plan, size: int = SAMPLED_ROWS) -> Survey:
     sample = await (_drawn(plan, size) if whole else _from_everywhere(plan, stretches, size))
     limit = plan.spec.limit
     extra = len(plan.spec.system or "") + (len(json.dumps(plan.schema)) if plan.schema else 0)
-    return Survey(rows if limit is None else min(rows, limit), sample, extra, bool(plan.attachments))
+    return Survey(
+        rows if limit is None else min(rows, limit), sample, extra, bool(plan.attachments), plan.spec.stale
+    )
 
 
 async def _drawn(plan: Plan, size: int) -> list[Sampled]:
@@ -179,6 +183,7 @@ class Estimate:
         seconds: how long it takes, if that is known.
         attachments: there are attachments, whose tokens nobody has counted.
         batch_cost: what it costs in batches, if that was asked and a price is known.
+        stale: the rows are those whose answers are out of date.
     """
 
     model: str
@@ -192,6 +197,7 @@ class Estimate:
     seconds: float | None = field(default=None)
     attachments: bool = False
     batch_cost: float | None = None
+    stale: bool = False
 
     @property
     def due(self) -> float | None:
@@ -208,7 +214,8 @@ class Estimate:
     def line(self) -> str:
         """Return it as one line for people."""
         if not self.rows:
-            return f"No row is waiting for a value: nothing would be sent to {self.model}"
+            nothing = "No answer is stale" if self.stale else "No row is waiting for a value"
+            return f"{nothing}: nothing would be sent to {self.model}"
         off = f" (give or take {self.input_error:.0%})" if self.input_error >= 0.005 else ""
         parts = [
             f"{counted(self.rows, 'row')} to {self.model}",
@@ -266,6 +273,7 @@ def estimate_of(
         input_cost=pricing.cost(Usage(sent, 0)) if pricing else None,
         basis=basis,
         attachments=found.attachments and basis == "characters",
+        stale=found.stale,
     )
 
 

@@ -172,7 +172,7 @@ class EnrichJob:
             for doubt in plan.doubts:
                 logger.warning("%s", doubt[0].upper() + doubt[1:])
             columns = tuple(output.name for output in plan.outputs.columns)
-            report = EnrichReport(self._spec.database, plan.table.name, columns)
+            report = EnrichReport(self._spec.database, plan.table.name, columns, stale=self._spec.stale)
             if self._spec.dry_run:
                 plan = await for_its_model(self._datasette, self._spec, plan, report)
                 await plan.preview(report)

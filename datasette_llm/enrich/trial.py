@@ -25,7 +25,7 @@ from .attaching import load
 from .database import read
 from .estimate import estimate_of, survey
 from .plan import make_plan
-from .telling.words import counted, dollars, duration
+from .telling.words import counted, dollars, duration, none_waits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,6 +55,7 @@ class Tried:
         error: why it failed, or ``None``.
         cost: in dollars; ``None`` if no price is known.
         seconds: how long it took.
+        attachments: what was sent with the prompt: addresses, files, or "a column's content".
     """
 
     model: str
@@ -66,6 +67,7 @@ class Tried:
     output_tokens: int
     cost: float | None
     seconds: float
+    attachments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ class Trial:
         waiting: how many rows wait.
         answers: row by row, and for each row in the order of the models.
         estimates: what the whole would take, for each model.
+        stale: the rows that wait are those whose answers are out of date.
     """
 
     table: str
@@ -83,6 +86,7 @@ class Trial:
     waiting: int
     answers: list[Tried] = field(default_factory=list)
     estimates: list[Estimate] = field(default_factory=list)
+    stale: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as data that JSON can show."""
@@ -113,7 +117,8 @@ async def try_rows(datasette: Any, spec: JobSpec, number: int, models: Sequence[
         surveys = await _surveys(datasette, plan, asked)
         found = surveys[-1]  # Of the model that the run is for.
         rows = await _spread(plan, found, number)
-        trial = Trial(plan.table.name, tuple(output.name for output in plan.outputs.columns), found.rows)
+        columns = tuple(output.name for output in plan.outputs.columns)
+        trial = Trial(plan.table.name, columns, found.rows, stale=spec.stale)
         if not rows:
             return trial
         by_model = []
@@ -187,7 +192,8 @@ async def _ask(datasette: Any, plan: Plan, found: Survey, rows: list[Row]) -> tu
             seconds = anyio.current_time() - began
             cost = None if response is None else cost_of(response, model.pricing)
             used = (0, 0) if response is None else used_tokens(response)
-            tried[place] = Tried(model.model_id, row.key, prompt, values, error, *used, cost, seconds)
+            sent = tuple(str(each) for each in attached)
+            tried[place] = Tried(model.model_id, row.key, prompt, values, error, *used, cost, seconds, sent)
 
         async with anyio.create_task_group() as tasks:
             for place, row in enumerate(rows):
@@ -229,14 +235,14 @@ def _seconds(found: Survey, answers: list[Tried], model: Any) -> float:
 def in_words(trial: Trial, width: int) -> str:
     """Return a trial for a terminal of this width."""
     if not trial.answers:
-        return (
-            f"No row of {trial.table} ({', '.join(trial.columns)}) is waiting for a value: nothing was sent."
-        )
+        nothing = none_waits(f"{trial.table} ({', '.join(trial.columns)})", stale=trial.stale)
+        return f"{nothing[0].upper()}{nothing[1:]}: nothing was sent."
     lines: list[str] = []
     for of_row in _by_row(trial.answers):
         key = of_row[0].pk
         shown = key[0] if len(key) == 1 else key
         lines += ["", _cut(f"Row {shown!r}: {of_row[0].prompt}", width)]
+        lines += [_cut(f"  with {name}", 3 * width) for name in of_row[0].attachments]
         if len(of_row) > 1:
             lines += _side_by_side(of_row, width)
             continue

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .batches import left_in_batches
 from .stopped import REFUSED_REASONS, advice, sentence
-from .words import counted, dollars, duration
+from .words import counted, dollars, duration, none_waits
 
 if TYPE_CHECKING:
     from ..sql import SQLValue
@@ -152,6 +152,7 @@ class EnrichReport:
         failures: the kinds of failures, most frequent first.
         prompts: the first prompts; only of a dry run.
         dry_run: nothing was sent and nothing was written.
+        stale: it was about answers that are out of date.
         resume_where: after an early end with ``overwrite``: an SQL condition for the rows not done
             yet. Without ``overwrite`` the same call goes on by itself.
         run: its number in the record, if it has one.
@@ -198,6 +199,7 @@ class EnrichReport:
     failures: list[FailureKind] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
     dry_run: bool = False
+    stale: bool = False
     resume_where: str | None = None
     run: int | None = None
     incomplete: int = 0
@@ -257,7 +259,7 @@ class EnrichReport:
                 return "\n".join(lines)
         if self.done == self.skipped and not self.stopped and not self.in_side_file and not self.lost:
             if not self.skipped:
-                lines.append(f"Nothing left to do: no row of {where} is waiting for a value.")
+                lines.append(f"Nothing left to do: {none_waits(where, stale=self.stale)}.")
                 if self.in_batches:
                     lines.append(left_in_batches(self.in_batches))
                 lines += self._incomplete()
@@ -345,8 +347,10 @@ class EnrichReport:
 
     def _dry_summary(self, where: str) -> str:
         if not self.total:
-            nothing = f"no row of {where} is waiting for a value; nothing would be sent to {self.model}."
-            return "\n".join([f"Dry run: {nothing}", *self._incomplete()])
+            nothing = none_waits(where, stale=self.stale)
+            return "\n".join(
+                [f"Dry run: {nothing}; nothing would be sent to {self.model}.", *self._incomplete()]
+            )
         lines = [
             f"Dry run: {counted(self.total, 'row')} of {where} would be sent to {self.model}; nothing was."
         ]

@@ -46,3 +46,13 @@ def nearest(name: str, known: Iterable[str], *, what: str = "there are") -> str:
         return f"{what}: none"
     more = f" and {len(names) - 12} more" if len(names) > 12 else ""
     return f"{what}: " + ", ".join(repr(candidate) for candidate in names[:12]) + more
+
+
+def none_waits(where: str, *, stale: bool) -> str:
+    """Say that a job has nothing to do.
+
+    Args:
+        where: the table and the columns.
+        stale: the job is about answers that are out of date.
+    """
+    return f"no answer in {where} is stale" if stale else f"no row of {where} is waiting for a value"

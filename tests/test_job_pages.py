@@ -12,7 +12,7 @@ import pytest
 from datasette.app import Datasette
 
 from datasette_llm.enrich.spec import JobSpec
-from datasette_llm.pages.jobs import live
+from datasette_llm.pages.jobs import live, menus, views
 from datasette_llm.pages.jobs.chart import POINTS, History, draw
 from datasette_llm.pages.jobs.filters import literal, with_literals
 
@@ -118,6 +118,25 @@ async def test_a_mistake_stands_at_its_field_and_nothing_typed_is_lost(
     assert 'aria-invalid="true"' in described[0]
     assert "Be &lt;b&gt;brief&lt;/b&gt;" in answer.text
     assert fake.prompts == []
+
+
+@pytest.mark.parametrize("address", ["/data/words", "the job's"])
+async def test_the_form_is_loaded_as_soon_as_the_way_to_it_is_shown(
+    file: TableFile, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    begun: list[Any] = []
+    monkeypatch.setattr(menus, "load_form_soon", begun.append)
+    monkeypatch.setattr(views, "load_form_soon", begun.append)
+    with fake_model():
+        async with site(file) as pages:
+            path = await pages.run()
+            await pages.ended(path)
+            path = path if address == "the job's" else address
+            begun.clear()
+            assert (await pages.get(path, BEN)).status_code == 200
+            assert begun == []
+            assert FORM in (await pages.get(path)).text
+            assert len(begun) == 1
 
 
 async def test_who_may_see_and_start_jobs(file: TableFile) -> None:

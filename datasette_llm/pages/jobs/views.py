@@ -11,6 +11,7 @@ from ...errors import ModelNotFoundError
 from ...secrecy import redacted
 from . import is_possible, live
 from .again import spec_again
+from .loading import load_form_soon
 from .paths import database_at, form_path, job_path
 from .rights import check_may_see, check_may_start, may_see, may_start
 from .story import asked_in_words, find_run, list_jobs, page_of, tell
@@ -90,6 +91,8 @@ async def _page(
 ) -> Any:
     table = run["table"]
     may = await may_start(datasette, request.actor, database.name, table) is not None
+    if may:
+        load_form_soon(datasette)
     base = job_path(datasette, database.name, run["id"])
     context = {
         "database": database.name,

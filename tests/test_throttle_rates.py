@@ -55,6 +55,16 @@ async def test_a_limit_that_nobody_announced(latency: float, retry_after: str | 
     assert report.throttled_seconds > 0
 
 
+@pytest.mark.parametrize("retry_after", [None, "ceiling"])
+async def test_a_limit_that_allows_nothing_at_once(retry_after: str | None) -> None:
+    provider = SimulatedProvider(rate=10, burst=1, latency=0.05, retry_after=retry_after)
+    report = await send_all(provider, 400)
+    assert report.lost == 0
+    assert report.seconds <= 1.25 * 40
+    # 19 of those that nobody knew it of, and a few that try for more.
+    assert report.refused <= 19 + 0.02 * 400
+
+
 async def test_an_announced_limit_with_scattered_answers() -> None:
     provider = SimulatedProvider(rate=100, burst=20, latency=0.5, sigma=0.5, headers="per minute")
     report = await send_all(provider, 1500)

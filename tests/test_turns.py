@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -13,6 +15,7 @@ from datasette_llm.pace.policy import ConcurrencyBounds, PromptSettings, RateLim
 from datasette_llm.pace.throttle import Throttle
 from tests.fakes import FakeModel, registered
 from tests.hooks import datasette_with
+from tests.simulated_provider import SimulatedProvider, send_all
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -65,6 +68,37 @@ async def test_also_where_the_rate_is_limited() -> None:
     throttle = Throttle("m", PromptSettings(rate_limit=RateLimit(requests_per_minute=600)))
     bounds = ConcurrencyBounds(start=20, max=20)
     assert await time_beside(throttle, throttle.slots(bounds, urgent=True)) <= 0.1 + 0.11
+
+
+@pytest.mark.parametrize("sigma", [0, 0.5])
+@pytest.mark.parametrize("workers", [8, 20, 64])
+async def test_people_find_no_line_at_a_server_that_queues_once_they_have_asked(
+    workers: int, sigma: float
+) -> None:
+    provider = SimulatedProvider(workers=workers, sigma=sigma, latency=1.0)
+    throttle = Throttle("m", PromptSettings())
+    person = throttle.slots(ConcurrencyBounds(), urgent=True)
+    prompts = 60 * workers
+    took: list[float] = []
+
+    async def people() -> None:
+        await anyio.sleep(20)
+        for _ in range(9):
+            began = anyio.current_time()
+            await person.acquire()
+            sent = person.acquired_at
+            await provider.answer(prompts)
+            person.release(OK, sent)
+            took.append(anyio.current_time() - began)
+            await anyio.sleep(3)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(people)
+        report = await send_all(provider, prompts, throttle=throttle)
+    # Without this, 2 to 5 seconds.
+    assert statistics.median(took[1:]) <= (2.0 if workers == 8 else 1.5)
+    alone = math.exp(sigma**2 / 2)
+    assert report.seconds <= 1.2 * prompts * alone / workers
 
 
 async def test_and_when_a_provider_comes_back() -> None:

@@ -47,6 +47,9 @@ CUT = 0.9
 SAME_NUMBER = 3
 #: Seconds until a limit that is known is tried again, at first and at most.
 RETRY_LIMIT_SECONDS, RETRY_LIMIT_SECONDS_MAX = 5.0, 60.0
+#: So many seconds after somebody has asked who waits for the answer, no line is kept at a server that queues:
+#: they would stand at its end, and ask again soon.
+PEOPLE_SECONDS = 60.0
 #: By what share it grows then. Each time that nobody is refused for it the next one is twice as large, up to
 #: the latter: what was learnt in a bad minute is outdated as soon as it does not hold.
 STEP, STEP_MAX = 0.05, 1.0
@@ -91,6 +94,12 @@ class AdaptiveLimit:
         self._retry_seconds = RETRY_LIMIT_SECONDS
         self._step = STEP
         self._tried = False
+        self._people_until = -math.inf
+
+    def people_ask(self, now: float) -> None:
+        """Somebody asks who waits for the answer: others form no line at the server for a while."""
+        self._people_until = now + PEOPLE_SECONDS
+        self._set_limit()
 
     def press(self, now: float) -> None:
         """Somebody waits because the limit is used up: let it grow by the time that went by so."""
@@ -150,6 +159,15 @@ class AdaptiveLimit:
         level.answers += 1
         level.seconds += seconds
         knee = self._knee
+        if self._people_until > -math.inf:
+            if now <= self._people_until:
+                self._set_limit()
+                if knee.cap < math.inf:
+                    # With less than its fill a server shows nothing about where that ends.
+                    return
+            else:
+                self._people_until = -math.inf
+                self._set_limit()
         if level.answers == ENOUGH_ANSWERS and not self._slow and knee.cap == math.inf:
             self._judge(now)
         knee.answered(
@@ -180,7 +198,8 @@ class AdaptiveLimit:
         """
         level = float(max(accepted, 1))
         suspect = self._suspect
-        if suspect is not None and 0.95 * suspect - 1 <= level <= 1.1 * suspect + 1:
+        # Where it worked on nothing, it did not refuse for the number.
+        if accepted and suspect is not None and 0.95 * suspect - 1 <= level <= 1.1 * suspect + 1:
             self._suspect = min(level, suspect)
             self._resize(min(self._size, self._suspect * 0.97), now)
             self._slow = True
@@ -225,11 +244,17 @@ class AdaptiveLimit:
 
     def _resize(self, size: float, now: float) -> None:
         self._size = max(float(self.bounds.min), min(float(self.bounds.max), size))
-        self.limit = int(self._size)
+        self._set_limit()
         level = self._levels[-1]
         if self._size >= 2 * level.limit or self._size < level.limit:
             self._levels.append(_Level(self._size, now))
             del self._levels[:-8]
+
+    def _set_limit(self) -> None:
+        self.limit = int(self._size)
+        knee = self._knee
+        if self._people_until > -math.inf and knee.cap < math.inf:
+            self.limit = max(1, min(self.limit, round(knee.without_line)))
 
     def _failed_again(self, now: float) -> None:
         """The limit that is known held: try it again later, and with one more."""

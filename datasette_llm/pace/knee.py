@@ -45,6 +45,9 @@ PROBE, WORTHWHILE, WIDER, BACK = 1.4, 1.2, 2.0, 0.8
 CROWDED = 0.3
 #: From then on no more are in flight than are answered in this share of the time that calls are waited for.
 IN_TIME = 0.75
+#: Of the calls that are worked on, one overtakes no more than a share: so many times more are at work, in
+#: simulations with answers that scatter by a half.
+AT_WORK = 1.4
 #: The first few answers, that later ones are compared with; and what of those is their share of the average.
 SOME, SMOOTHING = 8, 1 / 8
 #: Answers that take hardly longer than the first few did take none longer.
@@ -71,6 +74,8 @@ class Knee:
         # What an answer takes without a queue, and what it took when that was seen first.
         self._alone = self._least = 0.0
         self._gain = FEW
+        # How many are worked on, by Little's law.
+        self._at_work = math.inf
         self._recent: deque[tuple[float, float]] = deque(maxlen=MOST_RECENT)
         self._since = 0
         self._hold = HOLD
@@ -88,6 +93,15 @@ class Knee:
     def unhindered(self) -> float:
         """The same, while nothing shows that any had to wait."""
         return max(self._most_unhindered, self._overtaking.shown)
+
+    @property
+    def without_line(self) -> float:
+        """How many may be in flight so that the server has enough to do, and no line before it."""
+        seen = max(self._most_seen, self._most_unhindered)
+        if self._gain is FEW:
+            # The first few answers had waited for each other: what they took tells too little.
+            seen = min(seen, self._at_work)
+        return max(seen, AT_WORK * self._overtaking.shown)
 
     @property
     def shown(self) -> float:
@@ -192,7 +206,8 @@ class Knee:
         rate = (number - 1) / seconds
         times, besides = self._gain
         if self._before is None:
-            self.cap = max(times * rate * self._alone + besides, self.shown)
+            self._at_work = rate * self._alone
+            self.cap = max(times * self._at_work + besides, self.shown)
             if self._since >= self._hold * window:
                 self._before, self._since = rate, 0
                 self.cap *= PROBE

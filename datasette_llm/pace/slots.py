@@ -43,6 +43,9 @@ class Shared(Protocol):
     def waited_in_line(self, lane: Lane, now: float, sent: float) -> bool:
         """Whether a call that was given up had waited in line while others were answered."""
 
+    def people_ask(self) -> None:
+        """Somebody asks who waits for the answer."""
+
     def opening(self, now: float, tokens: int) -> float:
         """Return when a call may start: now, or later."""
 
@@ -141,6 +144,7 @@ class Slots:
         """
         throttle, lane = self._throttle, self.lane
         if self.urgent:
+            throttle.people_ask()
             waiter = lane.next()
             if (waiter is not None and waiter.slots.urgent) or not lane.has_room(urgent=True):
                 return False

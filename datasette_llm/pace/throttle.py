@@ -167,6 +167,13 @@ class Throttle:
 
     # What follows is for slots and the queue.
 
+    def people_ask(self) -> None:
+        """Somebody asks who waits for the answer: see `AdaptiveLimit.people_ask`."""
+        now = self.now()
+        for lane in self._adaptive_lanes.values():
+            if lane.adaptive is not None and lane.in_use > 0:
+                lane.adaptive.people_ask(now)
+
     def opening(self, now: float, tokens: int) -> float:
         """Return when outage, cooldown and pace let a call start: now, or later."""
         until = now

@@ -204,8 +204,7 @@ async def test_what_is_as_good_as_an_answer_is_one() -> None:
 
 
 async def test_what_is_no_answer_is_an_error_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasette_llm.calls.retry.WAIT_INITIAL", 0.01)
-    monkeypatch.setattr("datasette_llm.calls.retry.WAIT_JITTER", 0.01)
+    monkeypatch.setattr("datasette_llm.calls.retry.WAIT_FIRST", (0.0, 0.01))
     bare = (AttributeError, IndexError, KeyError, TypeError, ValueError)
     with protocol_server("openai") as server:
         # A lane for each, or a refusal would find the cooldown of the one before.

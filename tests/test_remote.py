@@ -13,8 +13,8 @@ import pytest
 from llm.parts import StreamEvent
 
 from datasette_llm.calls.remote.bench import LEASE_SECONDS, Bench
-from datasette_llm.calls.remote.fleet import CallKillsWorkers
 from datasette_llm.calls.remote.questions import packed
+from datasette_llm.calls.remote.suspects import CallKillsWorkers
 from datasette_llm.calls.workers import workers_from
 from datasette_llm.errors import NoWorkers, WorkersError
 
@@ -163,6 +163,31 @@ async def test_a_prompt_that_kills_three_workers_fails_and_says_so() -> None:
                 workers.kill(next(address for address, n in workers.fleet.figures.workers.items() if n))
             with pytest.raises(CallKillsWorkers, match="3 workers that were given this prompt died"):
                 await response.text()
+
+
+async def test_a_prompt_that_kills_its_workers_takes_nobody_along() -> None:
+    with watched(FakeModel(seconds=5)) as facade:
+        async with (
+            fake_workers("a", "b") as workers,
+            facade.group(workers=workers.spec, concurrency=20) as group,
+            anyio.create_task_group() as tasks,
+        ):
+
+            async def kill() -> None:
+                for new in "cdefgh":
+                    await anyio.sleep(2)
+                    for address, line in workers.fleet.lines.items():
+                        if any("deadly" in str(call.question) for call in line.in_flight.values()):
+                            workers.kill(address)
+                            workers.add(new)
+                            break
+
+            tasks.start_soon(kill)
+            rows = ["deadly", *(f"row {number}" for number in range(59))]
+            outcomes = {item: response async for item, response in group.map(rows)}
+            assert workers.fleet.figures.deaths == 3
+        assert isinstance(outcomes.pop("deadly").error, CallKillsWorkers)
+        assert [str(response.error) for response in outcomes.values() if response.error] == []
 
 
 async def test_without_a_worker_prompts_wait_say_so_and_go_on_with_the_next_one(

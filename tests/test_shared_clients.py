@@ -157,7 +157,7 @@ async def test_a_refusal_is_seen_by_the_throttle_with_the_wait_it_asks_for(
 async def test_a_cancelled_prompt_closes_its_connection(family: str, stream: bool) -> None:
     with protocol_server(family) as server:
         adopted = Adopted(server)
-        server.script = Answer("word " * 50, delay=0.0 if stream else 30.0, pieces=50, gap=1.0)
+        server.script = Answer("word " * 50, delay=0.0 if stream else 30.0, pieces=50, gap=0.2)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(lambda: adopted.ask(stream=stream))
             await until(lambda: server.requests)
@@ -170,7 +170,7 @@ async def test_a_cancelled_prompt_closes_its_connection(family: str, stream: boo
 async def test_a_response_that_is_cancelled_between_two_chunks_closes_its_connection(family: str) -> None:
     with protocol_server(family) as server:
         model = server.model()
-        server.script = Answer("word " * 50, pieces=50, gap=1.0)
+        server.script = Answer("word " * 50, pieces=50, gap=0.2)
         with registered(model):
             async with LLM(datasette_with()).group(model.model_id) as group:
                 response = await group.prompt("you", stream=True)
@@ -272,7 +272,7 @@ async def test_with_aiohttp_and_without_it_the_same_is_kept(
         (clients,) = adopted.pool._sets.values()
         used = type(clients.clients[0].client._client._transport).__name__
         assert ("Aiohttp" in used) == (installed and anyio_backend[0] == "asyncio")
-        server.script = Answer("word " * 50, delay=0.0 if stream else 30.0, pieces=50, gap=1.0)
+        server.script = Answer("word " * 50, delay=0.0 if stream else 30.0, pieces=50, gap=0.2)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(lambda: adopted.ask(stream=stream))
             await until(lambda: len(server.requests) == 4)

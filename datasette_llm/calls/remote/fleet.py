@@ -19,6 +19,7 @@ from ...backends.loops import LoopDoor, loop_clock
 from ...errors import NoWorkers, WorkersError
 from ..workers import TIMEOUT_SECONDS
 from .line import Line, UnfitWorker
+from .suspects import MOST_DEATHS, CallKillsWorkers, count_death, is_suspect, without_suspect
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -32,12 +33,6 @@ logger = logging.getLogger("datasette_llm")
 LOOK_SECONDS = 0.5
 #: Seconds until a worker that could not be reached is tried again.
 RETRY_SECONDS = 2.0
-#: So often a call may lose its worker.
-MOST_DEATHS = 3
-
-
-class CallKillsWorkers(Exception):
-    """Each worker that had this call died."""
 
 
 class WorkerGone(ConnectionError):
@@ -101,6 +96,8 @@ class Fleet:
         self._start = max(start, timeout)
         self.lines: dict[str, Line] = {}
         self._queue: deque[Call] = deque()
+        # These wait for a worker that has no other suspect.
+        self._suspects: deque[Call] = deque()
         self._inbox: deque[Callable[[], object]] = deque()
         self._told = False
         self._closing = False
@@ -184,7 +181,7 @@ class Fleet:
         self._hear()
         for readiness in self._waiting_to_begin:
             readiness.refuse(self._hopeless)
-        waiting, self._queue = self._queue, deque()
+        waiting, self._queue, self._suspects = [*self._queue, *self._suspects], deque(), deque()
         for call in waiting:
             call.fail(self._hopeless)
 
@@ -214,6 +211,7 @@ class Fleet:
         for told in (self._unfit, self._unreached):
             for address in told.keys() - present:
                 del told[address]
+        self._place_suspects()
         self._look_at_the_queue()
         looked, self._looked = self._looked, anyio.Event()
         looked.set()
@@ -273,8 +271,10 @@ class Fleet:
             if not line.ended and not self._closing:
                 self.deaths += 1
                 logger.warning("The worker %s is gone; %d prompts go to another one", address, len(left))
+            count_death(left)
             for call in left:
                 self._lost_its_worker(call, address)
+            self._place_suspects()
 
     async def _greeted(self, address: str) -> Line:
         assert self._source is not None
@@ -291,7 +291,6 @@ class Fleet:
         return line
 
     def _lost_its_worker(self, call: Call, address: str) -> None:
-        call.deaths += 1
         if call.heard:
             call.fail(WorkerGone(f"the worker {address} is gone in the middle of its answer"))
         elif call.deaths >= MOST_DEATHS:
@@ -309,10 +308,13 @@ class Fleet:
         if self._over:
             call.fail(self._hopeless or WorkersError("the workers have ended"))
             return
-        best: Line | None = None
-        for line in self.lines.values():
-            if (best is None or len(line.in_flight) < len(best.in_flight)) and self._fits(line, call):
-                best = line
+        fitting = [line for line in self.lines.values() if self._fits(line, call)]
+        if fitting and is_suspect(call):
+            fitting = without_suspect(fitting)
+            if not fitting:
+                self._suspects.append(call)
+                return
+        best = min(fitting, key=lambda line: len(line.in_flight), default=None)
         if best is None:
             self._queue.append(call)
             self._look_at_the_queue()
@@ -323,12 +325,22 @@ class Fleet:
         """Cancel a call that is not wanted any more."""
         if call.line is not None:
             call.line.cancel(call)
-        elif call in self._queue:
-            self._queue.remove(call)
+        else:
+            for waiting in (self._queue, self._suspects):
+                if call in waiting:
+                    waiting.remove(call)
 
     def answered(self, line: Line, call: Call) -> None:
         """Count a call that has come to its end."""
         self._prompts[line.address] = self._prompts.get(line.address, 0) + 1
+        if is_suspect(call):
+            self._place_suspects()
+
+    def _place_suspects(self) -> None:
+        """Give those that wait for it to workers that have no suspect now."""
+        waiting, self._suspects = self._suspects, deque()
+        for call in waiting:
+            self.submit(call)
 
     @staticmethod
     def _fits(line: Line, call: Call) -> bool:

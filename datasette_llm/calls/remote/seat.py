@@ -79,7 +79,7 @@ class Call:
 
     Attributes:
         heard: whether a part of the answer has come.
-        deaths: workers that died while they had it.
+        deaths: workers that died while they had it, and whose death may be its fault.
         over: whether it is answered, has failed or is not wanted any more.
         worker: who had it last.
     """

@@ -94,10 +94,27 @@ async def test_people_find_no_line_at_a_server_that_queues_once_they_have_asked(
     async with anyio.create_task_group() as group:
         group.start_soon(people)
         report = await send_all(provider, prompts, throttle=throttle)
-    # Without this, 2 to 5 seconds.
-    assert statistics.median(took[1:]) <= (2.0 if workers == 8 else 1.5)
+    # Without this, 2.3 to 3.6 seconds.
+    assert statistics.median(took[1:]) <= 2.0
     alone = math.exp(sigma**2 / 2)
     assert report.seconds <= 1.2 * prompts * alone / workers
+
+
+async def test_people_among_themselves_are_not_held_back() -> None:
+    provider = SimulatedProvider(workers=20, latency=1.0)
+    slots = Throttle("m", PromptSettings()).slots(ConcurrencyBounds(), urgent=True)
+
+    async def ask(number: int) -> None:
+        await slots.acquire()
+        sent = slots.acquired_at
+        await provider.answer(number)
+        slots.release(OK, sent)
+
+    async with anyio.create_task_group() as group:
+        for number in range(600):
+            group.start_soon(ask, number)
+    # Beside a job 20 or 21, as many as are worked on.
+    assert slots.limit >= 30
 
 
 async def test_and_when_a_provider_comes_back() -> None:

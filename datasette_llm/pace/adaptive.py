@@ -50,6 +50,8 @@ RETRY_LIMIT_SECONDS, RETRY_LIMIT_SECONDS_MAX = 5.0, 60.0
 #: So many seconds after somebody has asked who waits for the answer, no line is kept at a server that queues:
 #: they would stand at its end, and ask again soon.
 PEOPLE_SECONDS = 60.0
+#: A few more than are worked on, to see whether these are as well.
+A_FEW_MORE = 1.06
 #: By what share it grows then. Each time that nobody is refused for it the next one is twice as large, up to
 #: the latter: what was learnt in a bad minute is outdated as soon as it does not hold.
 STEP, STEP_MAX = 0.05, 1.0
@@ -159,20 +161,15 @@ class AdaptiveLimit:
         level.answers += 1
         level.seconds += seconds
         knee = self._knee
+        held = now <= self._people_until
         if self._people_until > -math.inf:
-            if now <= self._people_until:
-                self._set_limit()
-                if knee.cap < math.inf:
-                    # With less than its fill a server shows nothing about where that ends.
-                    return
-            else:
+            if not held:
                 self._people_until = -math.inf
-                self._set_limit()
+            self._set_limit()
         if level.answers == ENOUGH_ANSWERS and not self._slow and knee.cap == math.inf:
             self._judge(now)
-        knee.answered(
-            now, seconds, beside, self._size, grows=self._size > UNPROVEN_FACTOR * self.bounds.start
-        )
+        grows = self._size > UNPROVEN_FACTOR * self.bounds.start
+        knee.answered(now, seconds, beside, self._size, grows=grows, held=held)
         if knee.cap < self._size and not self._announced:
             self._resize(knee.cap, now)
 
@@ -254,7 +251,7 @@ class AdaptiveLimit:
         self.limit = int(self._size)
         knee = self._knee
         if self._people_until > -math.inf and knee.cap < math.inf:
-            self.limit = max(1, min(self.limit, round(knee.without_line)))
+            self.limit = max(self.bounds.min, min(self.limit, round(A_FEW_MORE * knee.without_line)))
 
     def _failed_again(self, now: float) -> None:
         """The limit that is known held: try it again later, and with one more."""

@@ -131,13 +131,16 @@ class Knee:
             self._alone = self._least = min(took for _, took in self._recent)
         self.cap = min(self.cap, limit)
 
-    def answered(self, now: float, seconds: float, beside: int, limit: float, *, grows: bool) -> None:
+    def answered(
+        self, now: float, seconds: float, beside: int, limit: float, *, grows: bool, held: bool
+    ) -> None:
         """A call was answered that had taken so many seconds.
 
         Args:
             beside: how many were in flight when it was sent, itself included.
             limit: how many may be now.
             grows: whether that has grown by what answers have shown.
+            held: whether fewer are let in for another reason, so that more cannot be tried.
         """
         self._answers += 1
         self._since += 1
@@ -165,7 +168,7 @@ class Knee:
         elif FIRST <= self._answers <= FIRST_MOST:
             self._look_at_first(now)
         elif self.cap < math.inf:
-            self._follow(now)
+            self._follow(now, held=held)
 
     def found(self, seconds: float, limit: float) -> None:
         """More in flight did not give more answers a second.
@@ -186,7 +189,7 @@ class Knee:
             self._alone = self._least = self._first_seconds
             self._gain = FEW
             self._begin_hold(HOLD)
-            self._follow(now)
+            self._follow(now, held=False)
         elif self.cap < math.inf and gap * few * SURELY[self._answers == FIRST_MOST] < self._first_seconds:
             # They were only the quickest of many.
             self.cap = math.inf
@@ -196,7 +199,7 @@ class Knee:
         self._since = 0
         self._before = None
 
-    def _follow(self, now: float) -> None:
+    def _follow(self, now: float, *, held: bool) -> None:
         # Twice as many as are in flight: they may come in waves.
         window = int(min(max(WINDOW, 2 * self.cap), MOST_RECENT))
         number = min(len(self._recent), window)
@@ -205,6 +208,8 @@ class Knee:
             return
         rate = (number - 1) / seconds
         times, besides = self._gain
+        if held:
+            self._begin_hold(self._hold)
         if self._before is None:
             self._at_work = rate * self._alone
             self.cap = max(times * self._at_work + besides, self.shown)

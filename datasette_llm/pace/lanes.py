@@ -95,6 +95,11 @@ class Lane:
     def limit(self) -> int:
         return self.fixed or self.adaptive.limit  # type: ignore[union-attr]
 
+    @property
+    def others_wait(self) -> bool:
+        """Whether calls wait that are not those of people."""
+        return bool(self._lines or self._again)
+
     def has_room(self, *, urgent: bool = False) -> bool:
         """Whether another call may be in flight."""
         limit = self.limit

@@ -171,7 +171,7 @@ class Throttle:
         """Somebody asks who waits for the answer: see `AdaptiveLimit.people_ask`."""
         now = self.now()
         for lane in self._adaptive_lanes.values():
-            if lane.adaptive is not None and lane.in_use > 0:
+            if lane.adaptive is not None and lane.others_wait:
                 lane.adaptive.people_ask(now)
 
     def opening(self, now: float, tokens: int) -> float:

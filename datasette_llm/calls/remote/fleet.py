@@ -19,7 +19,7 @@ from ...backends.loops import LoopDoor, loop_clock
 from ...errors import NoWorkers, WorkersError
 from ..workers import TIMEOUT_SECONDS
 from .line import Line, UnfitWorker
-from .suspects import MOST_DEATHS, CallKillsWorkers, count_death, is_suspect, without_suspect
+from .suspects import MOST_DEATHS, CallKillsWorkers, at_work, count_death, is_suspect, without_suspect
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -309,6 +309,8 @@ class Fleet:
             call.fail(self._hopeless or WorkersError("the workers have ended"))
             return
         fitting = [line for line in self.lines.values() if self._fits(line, call)]
+        if call.deaths:
+            fitting = at_work(fitting, self._prompts)
         if fitting and is_suspect(call):
             fitting = without_suspect(fitting)
             if not fitting:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from .line import Line
     from .seat import Call
@@ -35,6 +35,17 @@ def count_death(left: Sequence[Call]) -> None:
     """
     for call in [each for each in left if is_suspect(each)] or left:
         call.deaths += 1
+
+
+def at_work(lines: Sequence[Line], prompts: Mapping[str, int]) -> list[Line]:
+    """Return the workers that have answered something, if there are any.
+
+    One that has not may have to load for seconds what it needs, and be killed before it has answered.
+
+    Args:
+        prompts: how many each has answered, by address.
+    """
+    return [line for line in lines if prompts.get(line.address)] or list(lines)
 
 
 def without_suspect(lines: Iterable[Line]) -> list[Line]:

@@ -19,6 +19,8 @@ from .enriching import Site, register
 
 pytest.importorskip("datasette_enrichments", reason="datasette-enrichments is not installed")
 
+import datasette_enrichments
+
 from datasette_llm.pages.enrichments import enrichment, runs
 
 if TYPE_CHECKING:
@@ -418,6 +420,49 @@ class TestPausing:
             assert once_each(model, 30)
             assert _progress(site) == 30
 
+    @pytest.mark.parametrize("count", [10, 30])
+    async def test_resumed_while_the_end_of_a_batch_is_being_noted(
+        self, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whoever begins then must not begin with the batch that is just done: it would count twice."""
+        batch_done = anyio.Event()
+        go_on = anyio.Event()
+        plain = datasette_enrichments.record_progress
+
+        async def hesitant(*args: Any) -> None:
+            is_of_batch = args[2] > 0
+            if is_of_batch and not go_on.is_set():
+                batch_done.set()
+                await go_on.wait()
+            await plain(*args)
+
+        monkeypatch.setattr(enrichment, "STATUS_SECONDS", 60.0)
+        monkeypatch.setattr(datasette_enrichments, "record_progress", hesitant)
+        with registered(model := FakeModel()):
+            site = Site(tmp_path, *words(count), settings=TWO_AT_A_TIME)
+            await site.post(PAGE, FORM)
+            await batch_done.wait()
+            assert (await site.post(JOB + "/pause")).status_code == 302
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(site.post, JOB + "/resume")
+                await site.until(lambda job: job["status"] == "running")
+                await anyio.wait_all_tasks_blocked()
+                go_on.set()
+            job = await site.ended()
+            assert (job["status"], job["done_count"]) == ("finished", count)
+            assert once_each(model, count)
+            assert _progress(site) == count
+
+    async def test_resuming_what_was_finished_while_it_was_paused_does_nothing(self, tmp_path: Path) -> None:
+        with registered(model := FakeModel()):
+            site = Site(tmp_path, *words(5), settings=TWO_AT_A_TIME)
+            await site.post(PAGE, FORM)
+            await site.ended()
+            site.run("update _enrichment_jobs set status = 'paused'")
+            assert (await site.post(JOB + "/resume")).status_code == 302
+            job = await site.ended()
+        assert (job["status"], job["done_count"], len(model.prompts)) == ("finished", 5, 5)
+
     async def test_cancelling_gives_prompts_in_flight_a_moment(
         self, tmp_path: Path, stopped: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -456,6 +501,7 @@ class TestPausing:
             # As a process that was killed in the middle of its second batch leaves it.
             site.run("update _enrichment_jobs set status = 'running', next_cursor = '10', done_count = 10")
             site.run("update _enrichment_jobs set filter_querystring = '_col=id', row_count = 30")
+            site.run("update _enrichment_jobs set finished_at = null")
             again = Site(tmp_path, settings=TWO_AT_A_TIME)
             await again.get("/data/words")
             job = await again.ended()

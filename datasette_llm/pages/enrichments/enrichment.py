@@ -102,7 +102,9 @@ class PromptEnrichment(Enrichment):  # type: ignore[misc]  # datasette-enrichmen
         return job_id
 
     async def start_enrichment_in_process(self, datasette: Any, db: Any, job_id: int) -> None:
-        with new_run(datasette, db.name, job_id):
+        async with new_run(datasette, db.name, job_id):
+            if await _finished(db, job_id):
+                return
             await super().start_enrichment_in_process(datasette, db, job_id)
 
     async def enrich_batch(
@@ -119,6 +121,7 @@ class PromptEnrichment(Enrichment):  # type: ignore[misc]  # datasette-enrichmen
         run = current_run()
         keys = [tuple(_from_json(row[name]) for name in pks) for row in rows]
         async with run.job.working:
+            run.batch_begins()
             before = await _recorded(db, job_id)
             remaining = tuple(key for key in keys if key not in run.job.written)
             actor = await _actor(datasette, actor_id)
@@ -132,6 +135,7 @@ class PromptEnrichment(Enrichment):  # type: ignore[misc]  # datasette-enrichmen
                 run.job.active = None
             if report.stopped is not None or not run.is_newest:
                 await self._break_off(batch)
+            run.batch_ends()
             run.job.written.clear()
             await self._log(batch)
         return max(0, len(rows) - before - batch.recorded - len(batch.failed))
@@ -171,6 +175,7 @@ class PromptEnrichment(Enrichment):  # type: ignore[misc]  # datasette-enrichmen
         if isinstance(why, self.Cancel) or await _status(batch.db, batch.job_id) == "cancelled":
             await self._log(batch)
         if why is not None and batch.run.is_newest:
+            batch.run.batch_ends()
             raise why
         raise asyncio.CancelledError
 
@@ -276,6 +281,13 @@ async def _actor(datasette: Any, actor_id: str | None) -> dict[str, Any] | None:
 async def _status(db: Any, job_id: int) -> str | None:
     found = (await db.execute("select status from _enrichment_jobs where id = ?", [job_id])).first()
     return found[0] if found else None
+
+
+async def _finished(db: Any, job_id: int) -> bool:
+    """Whether all batches of a job are done; it has this status then, whatever came in between."""
+    sql = "update _enrichment_jobs set status = 'finished' where id = ? and finished_at is not null"
+    changed: int = (await db.execute_write(sql, [job_id])).rowcount
+    return changed > 0
 
 
 async def _recorded(db: Any, job_id: int) -> int:

@@ -190,6 +190,45 @@ async def test_a_prompt_that_kills_its_workers_takes_nobody_along() -> None:
         assert [str(response.error) for response in outcomes.values() if response.error] == []
 
 
+async def test_where_workers_die_of_something_else_three_are_no_proof() -> None:
+    """Of a thousand rows one may have bad luck three times."""
+    with watched(FakeModel(seconds=5)) as facade:
+        async with (
+            fake_workers("a", "b", "c", "d", "e") as workers,
+            facade.group(workers=workers.spec, concurrency=20) as group,
+        ):
+
+            def kill_its_worker() -> None:
+                workers.kill(next(address for address, n in workers.fleet.figures.workers.items() if n))
+
+            response = await group.prompt("harmless")
+            await anyio.sleep(2)
+            kill_its_worker()
+            assert await response.text() == "harmless"
+            unlucky = await group.prompt("unlucky")
+            for _ in range(3):
+                await anyio.sleep(2)
+                kill_its_worker()
+            assert await unlucky.text() == "unlucky"
+            assert workers.fleet.figures.deaths == 4
+
+
+async def test_what_kills_every_worker_fails_also_where_they_die_of_something_else() -> None:
+    with watched(FakeModel(seconds=1000)) as facade:
+        async with (
+            fake_workers(*"abcdefgh") as workers,
+            facade.group(workers=workers.spec) as group,
+        ):
+            await anyio.sleep(1)
+            workers.kill("h")  # It had nothing to do.
+            response = await group.prompt("deadly")
+            for _ in range(6):
+                await anyio.sleep(2)
+                workers.kill(next(address for address, n in workers.fleet.figures.workers.items() if n))
+            with pytest.raises(CallKillsWorkers, match="6 workers that were given this prompt died"):
+                await response.text()
+
+
 async def test_without_a_worker_prompts_wait_say_so_and_go_on_with_the_next_one(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

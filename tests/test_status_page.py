@@ -152,7 +152,7 @@ async def test_workers_are_told_with_what_they_do_and_how_many_were_lost() -> No
             LLM(datasette).group("fake", workers=workers.spec) as model,
         ):
             workers.fleet._prompts["far"] = 3
-            workers.fleet.deaths = 1
+            workers.fleet._deaths.count = 1
             response = await model.prompt("x")
             assert await anext(aiter(response)) == "begun"
             told = await read(datasette, "?live=1")

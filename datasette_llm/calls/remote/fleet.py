@@ -19,7 +19,7 @@ from ...backends.loops import LoopDoor, loop_clock
 from ...errors import NoWorkers, WorkersError
 from ..workers import TIMEOUT_SECONDS
 from .line import Line, UnfitWorker
-from .suspects import MOST_DEATHS, CallKillsWorkers, at_work, count_death, is_suspect, without_suspect
+from .suspects import CallKillsWorkers, Deaths, at_work, is_suspect, without_suspect
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -96,8 +96,6 @@ class Fleet:
         self._start = max(start, timeout)
         self.lines: dict[str, Line] = {}
         self._queue: deque[Call] = deque()
-        # These wait for a worker that has no other suspect.
-        self._suspects: deque[Call] = deque()
         self._inbox: deque[Callable[[], object]] = deque()
         self._told = False
         self._closing = False
@@ -114,7 +112,7 @@ class Fleet:
         self._over = False
         self._trouble: str | None = "the scheduler has not answered"
         self._prompts: dict[str, int] = {}
-        self.deaths = 0
+        self._deaths = Deaths()
         self.again = 0
 
     @property
@@ -125,7 +123,7 @@ class Fleet:
             {line.address: len(line.in_flight) for line in lines},
             len(self._queue),
             dict(self._prompts),
-            self.deaths,
+            self._deaths.count,
             self.again,
         )
 
@@ -181,7 +179,7 @@ class Fleet:
         self._hear()
         for readiness in self._waiting_to_begin:
             readiness.refuse(self._hopeless)
-        waiting, self._queue, self._suspects = [*self._queue, *self._suspects], deque(), deque()
+        waiting, self._queue = [*self._queue, *self._deaths.released()], deque()
         for call in waiting:
             call.fail(self._hopeless)
 
@@ -269,9 +267,8 @@ class Fleet:
             del self.lines[address]
             left = line.take_back()
             if not line.ended and not self._closing:
-                self.deaths += 1
+                self._deaths.note(left)
                 logger.warning("The worker %s is gone; %d prompts go to another one", address, len(left))
-            count_death(left)
             for call in left:
                 self._lost_its_worker(call, address)
             self._place_suspects()
@@ -293,7 +290,7 @@ class Fleet:
     def _lost_its_worker(self, call: Call, address: str) -> None:
         if call.heard:
             call.fail(WorkerGone(f"the worker {address} is gone in the middle of its answer"))
-        elif call.deaths >= MOST_DEATHS:
+        elif self._deaths.is_fault_of(call):
             call.fail(
                 CallKillsWorkers(f"{call.deaths} workers that were given this prompt died, one after another")
             )
@@ -314,7 +311,7 @@ class Fleet:
         if fitting and is_suspect(call):
             fitting = without_suspect(fitting)
             if not fitting:
-                self._suspects.append(call)
+                self._deaths.waiting.append(call)
                 return
         best = min(fitting, key=lambda line: len(line.in_flight), default=None)
         if best is None:
@@ -328,20 +325,20 @@ class Fleet:
         if call.line is not None:
             call.line.cancel(call)
         else:
-            for waiting in (self._queue, self._suspects):
+            for waiting in (self._queue, self._deaths.waiting):
                 if call in waiting:
                     waiting.remove(call)
 
     def answered(self, line: Line, call: Call) -> None:
         """Count a call that has come to its end."""
         self._prompts[line.address] = self._prompts.get(line.address, 0) + 1
+        self._deaths.answered(call)
         if is_suspect(call):
             self._place_suspects()
 
     def _place_suspects(self) -> None:
         """Give those that wait for it to workers that have no suspect now."""
-        waiting, self._suspects = self._suspects, deque()
-        for call in waiting:
+        for call in self._deaths.released():
             self.submit(call)
 
     @staticmethod

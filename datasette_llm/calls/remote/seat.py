@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
@@ -72,6 +73,17 @@ class Seat:
             self._arrived.popleft()()
 
 
+@dataclass(eq=False)
+class Death:
+    """A worker's death.
+
+    Attributes:
+        unanswered: how many of its calls have not been answered since, those that failed among them.
+    """
+
+    unanswered: int
+
+
 class Call:
     """One call, from its prompt's task to a worker and back.
 
@@ -80,13 +92,14 @@ class Call:
     Attributes:
         heard: whether a part of the answer has come.
         deaths: workers that died while they had it, and whose death may be its fault.
+        seen_dying: all deaths of workers that had it.
         over: whether it is answered, has failed or is not wanted any more.
         worker: who had it last.
     """
 
     __slots__ = (
         "_arrived", "_messages", "_seat", "deaths", "heard", "key", "line", "model_id", "number", "over",
-        "question", "worker",
+        "question", "seen_dying", "worker",
     )  # fmt: skip
 
     def __init__(self, seat: Seat, model_id: str, question: Mapping[str, Any], key: KeyOffer | None) -> None:
@@ -99,6 +112,7 @@ class Call:
         self.line: Holder | None = None
         self.number = 0
         self.deaths = 0
+        self.seen_dying: tuple[Death, ...] = ()
         self.heard = False
         self.over = False
         self.worker: str | None = None

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
 
-from datasette_llm.enrich import JobSpec, collector
-from datasette_llm.enrich.collector import spare_older_objects
+from datasette_llm.enrich import JobSpec
 from datasette_llm.enrich.job import EnrichJob
 from datasette_llm.enrich.spacing import FEW_GAP_SECONDS, FEW_PROMPTS, FIRST_GAP_SECONDS, Spacing
 
 from .enrich_tables import TableFile, fake_model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 
@@ -113,79 +109,3 @@ async def test_answers_that_trickle_in_share_a_transaction(tmp_path: Path) -> No
     # Never more than a transaction each quarter of a second, or per fifty rows.
     assert len(transactions) <= 2 + 4 * report.elapsed
     file.close()
-
-
-@pytest.fixture
-def nothing_frozen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Undo what conftest.py does for all tests."""
-    monkeypatch.setattr(collector, "_frozen_by_others", False)
-    gc.unfreeze()
-    yield
-    gc.freeze()
-
-
-@pytest.mark.usefixtures("nothing_frozen")
-def test_what_was_there_before_a_job_is_collected_after_it() -> None:
-    class Node:
-        other: Node
-
-    node = Node()
-    node.other = node
-    alive = weakref.ref(node)
-
-    with spare_older_objects():
-        with spare_older_objects():
-            assert gc.get_freeze_count() > collector.FROZEN_BY_PYTHON
-        assert gc.get_freeze_count() > collector.FROZEN_BY_PYTHON
-        del node
-        gc.collect()
-    assert gc.get_freeze_count() == 0
-    assert alive() is not None
-    gc.collect()
-    assert alive() is None
-
-
-@pytest.mark.usefixtures("nothing_frozen")
-def test_jobs_that_always_overlap_keep_no_garbage_for_ever() -> None:
-    class Node:
-        other: Node
-
-    made: weakref.WeakSet[Node] = weakref.WeakSet()
-    running = spare_older_objects()
-    running.__enter__()
-    for _ in range(5):
-        node = Node()
-        node.other = node
-        made.add(node)
-        del node
-        following = spare_older_objects()
-        following.__enter__()  # The job before is still running: there is no moment without one.
-        running.__exit__(None, None, None)
-        running = following
-    gc.collect()
-    assert not made
-    running.__exit__(None, None, None)
-    assert gc.get_freeze_count() == 0
-
-
-@pytest.mark.usefixtures("nothing_frozen")
-def test_a_process_that_freezes_its_objects_meanwhile_keeps_them_frozen() -> None:
-    kept: list[list[int]] = []
-    try:
-        with spare_older_objects():
-            kept += ([number] for number in range(5_000))
-            gc.freeze()
-        assert gc.get_freeze_count() > collector.FROZEN_BY_PYTHON
-    finally:
-        gc.unfreeze()
-
-
-@pytest.mark.usefixtures("nothing_frozen")
-def test_a_process_that_froze_its_objects_keeps_them_frozen() -> None:
-    gc.freeze()
-    try:
-        with spare_older_objects():
-            pass
-        assert gc.get_freeze_count() > collector.FROZEN_BY_PYTHON
-    finally:
-        gc.unfreeze()

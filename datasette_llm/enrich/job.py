@@ -25,10 +25,10 @@ import anyio.to_thread
 
 from datasette_llm._compat import BaseExceptionGroup
 from datasette_llm.access.settings import get_settings
+from datasette_llm.backends.collector import spare_older_objects
 from datasette_llm.backends.datasette_side import open_side
 
 from .asking import Asking
-from .collector import spare_older_objects
 from .database import write
 from .errors import DatabaseError, EnrichError, raise_bare
 from .ground import Ground

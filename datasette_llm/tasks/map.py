@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from functools import partial
 from inspect import iscoroutine
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -31,6 +32,7 @@ import anyio
 import llm
 from anyio import CancelScope, get_cancelled_exc_class
 
+from ..backends.collector import spare_older_objects
 from ..backends.loops import LoopDoor
 from ..backends.signal import Signal
 from ..calls.attachments import need_finding, with_types
@@ -115,6 +117,7 @@ class MapRun(Generic[T]):
         # Workers that have been woken and have not looked for an item yet.
         self._waking = 0
         self._in_flight: dict[PromptTask, None] = {}
+        self._while_running = ExitStack()
         source = source_of(items)
         self._feeder = Feeder(self, source) if isinstance(source, AsyncIterator) else None
         self._iterator: Iterator[T] = source if isinstance(source, Iterator) else iter(())
@@ -168,10 +171,12 @@ class MapRun(Generic[T]):
         self._supervisor._maps.pop(self, None)
         for task in list(self._in_flight):
             task.cancel()
+        self._while_running.close()
         self.end_source()
 
     def _end(self) -> None:
         self.ended = True
+        self._while_running.close()
         self._supervisor._maps.pop(self, None)
         self._tell_loop()
 
@@ -228,6 +233,7 @@ class MapRun(Generic[T]):
             self._end()
             raise
         self._supervisor._maps[self] = None
+        self._while_running.enter_context(spare_older_objects())
         if self._feeder is not None:
             self._spawn(self._feeder.run)
         else:

@@ -373,6 +373,28 @@ async def test_a_server_that_is_up_loads_it_for_its_default_models(
     assert len(threads) == loads
 
 
+@pytest.mark.parametrize(
+    ("config", "loads"),
+    [
+        ({"workers": 1}, 1),
+        ({"purposes": {"enrichments": {"workers": 1}}}, 1),
+        ({"workers": 0}, 0),
+        ({"default_model": "fake"}, 0),
+    ],
+)
+async def test_a_server_that_is_up_loads_what_its_workers_need(
+    config: dict[str, Any], loads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dask_source = pytest.importorskip("datasette_llm.calls.remote.dask_source")
+    pytest.importorskip("distributed")
+    threads: list[threading.Thread] = []
+    monkeypatch.setattr(dask_source, "load_distributed", lambda: threads.append(threading.current_thread()))
+    monkeypatch.setattr(starting, "QUIET_SECONDS", 0)
+    await starting.prepare(Datasette(memory=True, config={"plugins": {"datasette-llm": config}}))
+    assert len(threads) == loads
+    assert threading.main_thread() not in threads
+
+
 def threads_that_load(monkeypatch: pytest.MonkeyPatch) -> list[threading.Thread]:
     threads: list[threading.Thread] = []
 

@@ -213,6 +213,11 @@ class PluginSettings(Pace):
         chosen = general if own is None else own
         return None if chosen is None or chosen.count == 0 else chosen
 
+    @property
+    def may_use_workers(self) -> bool:
+        """Whether the groups of any purpose have workers."""
+        return any(self.workers_of(purpose) is not None for purpose in (None, *(self.purposes or ())))
+
     def prompt_settings(self, purpose: str | None, rate_limit: RateLimits | None) -> PromptSettings:
         """Return how prompts of a purpose run: its own settings, else the general ones, else the defaults."""
         settings = PromptSettings()

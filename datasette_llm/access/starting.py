@@ -44,7 +44,7 @@ async def prepare(datasette: Datasette) -> None:
     """Warn, and load what prompts to the default models need, without keeping pages waiting."""
     import anyio
 
-    from ..calls.loading import import_model_plugins, load_in_thread
+    from ..calls.loading import import_model_plugins, load_for_workers, load_in_thread
     from .checks import default_models
 
     await anyio.sleep(QUIET_SECONDS)
@@ -52,3 +52,5 @@ async def prepare(datasette: Datasette) -> None:
     warn(datasette)
     for model in default_models(datasette):
         await load_in_thread(model)
+    if get_settings(datasette).may_use_workers:
+        await load_for_workers()

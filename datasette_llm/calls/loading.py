@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
@@ -51,6 +52,14 @@ async def load_in_thread(model: Any) -> None:
     """Load what prompts to a model need without keeping the event loop from its work."""
     if _is_left_for(model):
         await anyio.to_thread.run_sync(_load, model, backend())
+
+
+async def load_for_workers() -> None:
+    """Load what groups with workers need, if it is installed, in the same way."""
+    with suppress(ImportError):
+        from .remote.dask_source import load_distributed
+
+        await anyio.to_thread.run_sync(load_distributed)
 
 
 def _is_left_for(model: Any) -> bool:

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 PAGE = "/airports/airports?_size=20"
 # One visitor who looks at the page, thinks, looks again.
 PAUSE_SECONDS = 0.01
+# A server that has just started loads, once it is left alone, what its prompts will need.
+# Less than the server keeps a connection that is idle.
+SETTLE_SECONDS = 4.0
 
 
 async def pages_during_enrichment(work: Work, prompts: list[str], result: Result) -> None:
@@ -67,6 +70,7 @@ def _visit(work: Work, result: Result, kind: type[Enrichment]) -> None:
             try:
                 visitor = Visitor(process.stdout.readline().strip())
                 visitor.look(10)
+                time.sleep(SETTLE_SECONDS)
                 lag = {"before": visitor.lag()}
                 idle = visitor.look(max(50, work.n // 5))
                 lag["idle"] = visitor.lag()

@@ -6,16 +6,18 @@ import gc
 import weakref
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import pytest
 
 from datasette_llm.backends import collector
 from datasette_llm.backends.collector import spare_older_objects
+from datasette_llm.tasks.supervisor import MANY
 
 from .fakes import FakeModel
 from .test_map import group_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncGenerator, Iterator
 
 
 @pytest.fixture
@@ -121,3 +123,22 @@ class TestMap:
             assert spares()
         assert not spares()
         del pairs
+
+
+@pytest.mark.usefixtures("nothing_frozen")
+async def test_prompts_of_a_group_do_so_while_there_are_many() -> None:
+    go_on = anyio.Event()
+
+    async def script(prompt: str) -> AsyncGenerator[str, None]:
+        await go_on.wait()
+        yield prompt
+
+    async with group_of(FakeModel(script), concurrency=100) as model:
+        responses = [await model.prompt(str(number)) for number in range(MANY - 1)]
+        assert not spares()
+        responses.append(await model.prompt("one more"))
+        assert spares()
+        go_on.set()
+        for response in responses:
+            await response.text()
+        assert not spares()

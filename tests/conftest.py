@@ -24,7 +24,7 @@ os.environ["DATASETTE_LOAD_PLUGINS"] = "datasette-llm,datasette-secrets"
 os.environ["LLM_LOAD_PLUGINS"] = llm.plugins.LLM_LOAD_PLUGINS = "llm-echo"
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Generator, Iterator, Mapping
     from pathlib import Path
 
 
@@ -101,6 +101,18 @@ def pytest_configure(config: pytest.Config) -> None:
     # Each Datasette asks for the versions of its plugins, and reads their metadata for that.
     read = importlib.metadata.Distribution.metadata.fget  # type: ignore[attr-defined]
     importlib.metadata.Distribution.metadata = property(functools.cache(read))  # type: ignore[assignment, method-assign]
+
+
+@pytest.hookimpl(wrapper=True, optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> Generator[None, int, int]:
+    """Have half as many processes again as there are cores: a third of the time tests wait.
+
+    Not where they start servers, browsers and benchmarks, which are processes too.
+    """
+    cores = yield
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ or config.option.markexpr == "system":
+        return cores
+    return cores + cores // 2
 
 
 @pytest.hookimpl(trylast=True)

@@ -11,7 +11,6 @@ import pytest
 from datasette.app import Datasette
 from datasette.utils import StartupError
 
-from benchmarks.batch_provider import BatchProvider, Settings
 from benchmarks.provider import json_reply
 from datasette_llm.access.settings import parse_settings
 from datasette_llm.calls.batches import http
@@ -19,12 +18,12 @@ from datasette_llm.enrich.writing.lock import only_job
 from datasette_llm.pages.jobs import collecting, is_possible
 from datasette_llm.pages.jobs.collecting import Collector
 
-from .batch_jobs import HOUR, Job, job_of, openai_model
-from .patience import PATIENCE_SECONDS
-from .protocols import PLUGIN_MARKS
+from ..patience import PATIENCE_SECONDS
+from ..protocols import PLUGIN_MARKS
+from .jobs import HOUR, Job
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
 pytestmark = [
@@ -38,15 +37,6 @@ JOBS = "/data/-/llm/jobs"
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"  # Datasette serves its pages with it.
-
-
-@pytest.fixture
-def job(tmp_path: Path) -> Iterator[Job]:
-    with (
-        BatchProvider(Settings(seconds=HOUR)).running() as provider,
-        job_of(openai_model, tmp_path, provider) as job,
-    ):
-        yield job
 
 
 @asynccontextmanager

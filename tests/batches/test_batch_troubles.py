@@ -11,7 +11,6 @@ from uuid import uuid4
 import pytest
 
 from benchmarks.batch_api import broken
-from benchmarks.batch_provider import BatchProvider, Settings
 from benchmarks.provider import json_reply
 from datasette_llm.backends.datasette_side import open_side
 from datasette_llm.calls.batches import http
@@ -22,15 +21,16 @@ from datasette_llm.enrich.batches import collection, courier, outbox
 from datasette_llm.enrich.batches.way import BatchWay
 from datasette_llm.enrich.database import write
 
-from .batch_jobs import HOUR, Job, anthropic_model, job_of, openai_model
-from .hooks import hooked
-from .protocols import PLUGIN_MARKS
+from ..hooks import hooked
+from ..protocols import PLUGIN_MARKS
+from .jobs import Job, anthropic_model, job_of, openai_model
 
 if TYPE_CHECKING:
     import sqlite3
     from collections.abc import AsyncIterator, Callable, Iterator
 
     from benchmarks.batch_api import Asked
+    from benchmarks.batch_provider import BatchProvider
     from benchmarks.provider import Reply
 
 pytestmark = PLUGIN_MARKS
@@ -49,18 +49,6 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(courier, "LISTED_SECONDS", 0.0)
     monkeypatch.setattr(collection, "PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(http, "ATTEMPTS", 1)
-
-
-@pytest.fixture
-def provider() -> Iterator[BatchProvider]:
-    with BatchProvider(Settings(seconds=HOUR)).running() as provider:
-        yield provider
-
-
-@pytest.fixture
-def job(tmp_path: Path, provider: BatchProvider) -> Iterator[Job]:
-    with job_of(openai_model, tmp_path, provider) as job:
-        yield job
 
 
 @pytest.fixture

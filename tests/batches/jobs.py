@@ -11,9 +11,9 @@ import pytest
 from datasette_llm.enrich import EnrichJob, JobSpec
 from datasette_llm.enrich.batches.way import BatchWay
 
-from .enrich_tables import TableFile
-from .fakes import registered
-from .protocols.gemini import PROTOCOL as GEMINI
+from ..enrich_tables import TableFile
+from ..fakes import registered
+from ..protocols.gemini import PROTOCOL as GEMINI
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

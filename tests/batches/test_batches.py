@@ -20,28 +20,16 @@ from datasette_llm.enrich.batches import courier, outbox
 from datasette_llm.enrich.batches.way import BatchWay
 from datasette_llm.enrich.estimate import estimate_job
 
-from .batch_jobs import FAMILIES, HOUR, Job, job_of, openai_model
-from .enrich_tables import fake_model
-from .hooks import hooked
-from .protocols import PLUGIN_MARKS
+from ..enrich_tables import fake_model
+from ..hooks import hooked
+from ..protocols import PLUGIN_MARKS
+from .jobs import FAMILIES, HOUR, Job, job_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
 pytestmark = PLUGIN_MARKS
-
-
-@pytest.fixture
-def provider() -> Iterator[BatchProvider]:
-    with BatchProvider(Settings(seconds=HOUR)).running() as provider:
-        yield provider
-
-
-@pytest.fixture
-def job(tmp_path: Path, provider: BatchProvider) -> Iterator[Job]:
-    with job_of(openai_model, tmp_path, provider) as job:
-        yield job
 
 
 @FAMILIES

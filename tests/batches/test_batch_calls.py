@@ -14,9 +14,9 @@ from datasette_llm.calls.batches.offline import Exchange, NotOfflineError, Recor
 from datasette_llm.calls.batches.openapi import plain_schema
 from datasette_llm.calls.batches.protocol import NoBatchesError, Value
 
-from .fakes import FakeModel, registered
-from .hooks import datasette_with, hooked
-from .protocols import PLUGIN_MARKS, Answer, Request, protocol_server
+from ..fakes import FakeModel, registered
+from ..hooks import datasette_with, hooked
+from ..protocols import PLUGIN_MARKS, Answer, Request, protocol_server
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

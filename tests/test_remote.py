@@ -190,6 +190,28 @@ async def test_a_prompt_that_kills_its_workers_takes_nobody_along() -> None:
         assert [str(response.error) for response in outcomes.values() if response.error] == []
 
 
+@pytest.mark.parametrize("timeout", [None, 150.0])
+async def test_waiting_for_a_worker_is_no_time_of_the_attempt(timeout: float | None) -> None:
+    """Nobody works on it: it is neither given up as too slow, nor the provider taken to be away."""
+    with watched(FakeModel(seconds=1), config={} if timeout is None else {"timeout": timeout}) as facade:
+        async with fake_workers("a", timeout=1000) as workers, facade.group(workers=workers.spec) as group:
+            # So that it is known how long answers take.
+            assert len([response async for _, response in group.map(map(str, range(40)))]) == 40
+            workers.kill("a")
+            response = await group.prompt("x")
+            await anyio.sleep(500)
+            assert not response.done
+            workers.add("b")
+            assert await response.text() == "x"
+            assert group.stats.retries == 0
+            workers.kill("b")
+            late = await group.prompt("y")
+            began = anyio.current_time()
+            with pytest.raises(NoWorkers):
+                await late.text()
+            assert 999 <= anyio.current_time() - began <= 1005
+
+
 async def test_where_workers_die_of_something_else_three_are_no_proof() -> None:
     """Of a thousand rows one may have bad luck three times."""
     with watched(FakeModel(seconds=5)) as facade:

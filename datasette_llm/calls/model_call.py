@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import anyio
 
 from ..pace.outcome import Outcome
+from .attempt_time import FixedTime, LearntTime, limiting
 from .contents import Contents
 from .driving import drive
 from .metrics import record_call
@@ -325,7 +326,7 @@ class ModelCall:
                 contents.forget()
 
     async def _drive_in_time(self, seconds: float) -> None:
-        with anyio.move_on_after(seconds) as scope:
+        with anyio.CancelScope() as scope, limiting(FixedTime(scope, seconds)):
             await self._drive()
         if scope.cancelled_caught:
             raise TimeoutError(f"the model did not answer within {seconds:g} seconds")
@@ -334,24 +335,15 @@ class ModelCall:
         """Let the model answer, unless that takes far longer than it usually does."""
         attempts, now = self._slots.attempts, self._slots.now
         with anyio.CancelScope() as scope:
-            since = now()
-            longest = 0.0
-
-            def heard() -> None:
-                # Of a streamed answer the silence counts, not the length.
-                nonlocal since, longest
-                moment = now()
-                longest, since = max(longest, moment - since), moment
-                attempts.watch(scope, moment)
-
-            attempts.watch(scope, since)
+            time = LearntTime(scope, attempts, now)
             try:
-                await self._drive(heard)
+                with limiting(time):
+                    await self._drive(time.heard)
             finally:
                 attempts.forget(scope)
-            attempts.answered(max(longest, now() - since))
+            time.answered()
         if scope.cancelled_caught:
-            self._lost += now() - since
+            self._lost += now() - time.since
             raise TimeoutError(
                 f"no answer within {attempts.seconds:.0f} seconds, far longer than the model usually takes"
             )

@@ -42,8 +42,8 @@ class AttemptLimit:
         scope.deadline = now + self.seconds
 
     def forget(self, scope: anyio.CancelScope) -> None:
-        """A call has ended."""
-        del self._running[scope]
+        """A call has ended, or has no deadline for a while; may be said again."""
+        self._running.pop(scope, None)
 
     def answered(self, seconds: float) -> None:
         """An answer took so long; of a streamed one, the longest silence counts."""

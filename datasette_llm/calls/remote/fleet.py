@@ -311,13 +311,16 @@ class Fleet:
         if fitting and is_suspect(call):
             fitting = without_suspect(fitting)
             if not fitting:
+                call.let_wait(True)
                 self._deaths.waiting.append(call)
                 return
         best = min(fitting, key=lambda line: len(line.in_flight), default=None)
         if best is None:
+            call.let_wait(True)
             self._queue.append(call)
             self._look_at_the_queue()
         else:
+            call.let_wait(False)
             best.put(call)
 
     def withdraw(self, call: Call) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import llm
 from opentelemetry import propagate
 
-from .. import http_answers
+from .. import attempt_time, http_answers
 from ..clients.pool import ClientPool
 from ..tracing import describe_worker, is_traced
 from . import answers, identity
@@ -72,6 +72,12 @@ class RemoteExecute:
                 if kind == "events":
                     for chunk in answers.chunks_from(value):
                         yield chunk
+                    continue
+                if kind == "waits":
+                    attempt_time.stand_still()
+                    continue
+                if kind == "goes":
+                    attempt_time.go_on()
                     continue
                 if kind == "lost":
                     raise value

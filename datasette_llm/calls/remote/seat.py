@@ -93,13 +93,14 @@ class Call:
         heard: whether a part of the answer has come.
         deaths: workers that died while they had it, and whose death may be its fault.
         seen_dying: all deaths of workers that had it.
+        waits: whether it waits for a worker.
         over: whether it is answered, has failed or is not wanted any more.
         worker: who had it last.
     """
 
     __slots__ = (
         "_arrived", "_messages", "_seat", "deaths", "heard", "key", "line", "model_id", "number", "over",
-        "question", "seen_dying", "worker",
+        "question", "seen_dying", "waits", "worker",
     )  # fmt: skip
 
     def __init__(self, seat: Seat, model_id: str, question: Mapping[str, Any], key: KeyOffer | None) -> None:
@@ -114,11 +115,18 @@ class Call:
         self.deaths = 0
         self.seen_dying: tuple[Death, ...] = ()
         self.heard = False
+        self.waits = False
         self.over = False
         self.worker: str | None = None
 
     def submit(self) -> None:
         self._seat.fleet.submit(self)
+
+    def let_wait(self, waits: bool) -> None:
+        """Tell its prompt that it waits for a worker, or does so no more."""
+        if waits != self.waits:
+            self.waits = waits
+            self._seat.tell(lambda: self._arrive("waits" if waits else "goes", None))
 
     def hand(self, kind: str, value: Any) -> None:
         """Hand over what a worker told."""

@@ -14,6 +14,7 @@ from datasette_llm.pages.jobs import counting, events, forms, live, story
 
 from .enrich_tables import TableFile, fake_model
 from .job_site import ANA, ASK, BEN, FORM, site, text_of
+from .patience import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,7 +43,11 @@ def file(tmp_path: Path) -> Iterator[TableFile]:
     file.close()
 
 
-async def test_jobs_on_several_columns_run_at_once_and_each_is_told_by_itself(file: TableFile) -> None:
+async def test_jobs_on_several_columns_run_at_once_and_each_is_told_by_itself(
+    file: TableFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # However slow the machine, what is in flight waits for the event.
+    monkeypatch.setattr(live, "GRACE_SECONDS", PATIENCE_SECONDS)
     go_on = anyio.Event()
 
     async def wait(prompt: str) -> Any:
@@ -413,3 +418,21 @@ async def test_a_job_that_ends_while_its_record_is_read_is_not_called_interrupte
                 monkeypatch.setattr(story, "_find", before_it_ended)
                 told = (await pages.get(path)).json()
                 assert [job["state"] for job in told.get("jobs", [told])] == ["done"]
+
+
+async def test_a_job_that_ends_just_after_its_record_was_read_is_still_stopping(
+    file: TableFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fake_model():
+        async with site(file) as pages:
+            await pages.ended(await pages.run(prompt="{{ word }}", column="answer"))
+            as_read = story._find
+
+            def before_it_ended(*args: Any, **which: Any) -> list[dict[str, Any]]:
+                return [run | {"ended": None, "outcome": None} for run in as_read(*args, **which)]
+
+            monkeypatch.setattr(story, "_find", before_it_ended)
+            monkeypatch.setattr(story, "is_held", lambda *args: True)
+            for path in (f"{JOBS}/1.json", f"{JOBS}.json"):
+                told = (await pages.get(path)).json()
+                assert [job["state"] for job in told.get("jobs", [told])] == ["stopping"]

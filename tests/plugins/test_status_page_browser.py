@@ -18,6 +18,7 @@ from datasette_llm.pages.jobs import is_possible, live
 
 from ..fakes import FakeModel, registered
 from ..hooks import hooked
+from ..remote_workers import fake_workers
 from .axe import needs_axe, violations
 from .browser import Browser, needs_browser, open_browser
 from .serving import served
@@ -33,6 +34,7 @@ pytestmark = [
 ]
 
 GROUPS, JOBS = 'table[data-rows="groups"]', 'table[data-rows="jobs"]'
+WORKERS = 'table[data-rows="workers"]'
 JOB = "/data/-/llm/jobs/1"
 #: The tables as the server writes them, and as the script does.
 WRITTEN = """
@@ -119,3 +121,46 @@ async def test_it_follows_what_happens_and_can_be_used_with_the_keyboard(tmp_pat
 
             tasks.start_soon(job)
             await anyio.to_thread.run_sync(visit, browser, address)
+
+
+async def test_workers_are_shown_while_they_come_answer_and_go(tmp_path: Any) -> None:
+    go_on = anyio.Event()
+
+    async def script(prompt: str) -> AsyncGenerator[str, None]:
+        await go_on.wait()
+        yield "answer"
+
+    def visit(browser: Browser, address: str) -> None:
+        browser.goto(f"{address}/-/llm")
+        browser.sees("near", WORKERS)
+        for width in (1280, 360):
+            browser.resize(width, 900)
+            assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
+        anyio.from_thread.run_sync(workers.kill, "far")
+        browser.until(lambda: _cells(browser) == ["near", "there", "2", "0", "far", "gone", "0", "0"])
+        anyio.from_thread.run_sync(go_on.set)
+        browser.until(lambda: _cells(browser)[:4] == ["near", "there", "0", "2"])
+
+    datasette = Datasette(memory=True, config={"plugins": {"datasette-llm": {"default_model": "fake"}}})
+    datasette.root_enabled = True
+    with (
+        registered(FakeModel(script)),
+        hooked(actor_from_request=lambda request: {"id": "root"}),
+        open_browser() as browser,
+    ):
+        async with (
+            served(datasette) as address,
+            fake_workers("near", "far") as workers,
+            LLM(datasette).group("fake", workers=workers.spec) as group,
+        ):
+            responses = [await group.prompt("x") for _ in range(2)]
+            await anyio.to_thread.run_sync(visit, browser, address)
+            assert [await response.text() for response in responses] == ["answer"] * 2
+
+
+def _cells(browser: Browser) -> list[str]:
+    script = (
+        f"return [...document.querySelectorAll('{WORKERS} tbody td')].map((cell) => cell.textContent.trim())"
+    )
+    found: list[str] = browser.run(script)
+    return found

@@ -65,7 +65,8 @@ async def _read(database: Any, **which: Any) -> list[dict[str, Any]]:
     if any(_is_interrupted(database, run) for run in runs):
         # Or it has ended since: its end is on record before it lets go of its columns.
         runs = await read(database, partial(_find, **which))
-    return runs
+    # Now: it may end while whoever asked is still being looked at.
+    return [{**run, "interrupted": _is_interrupted(database, run)} for run in runs]
 
 
 def _is_interrupted(database: Any, run: dict[str, Any]) -> bool:
@@ -115,11 +116,13 @@ def tell(datasette: Any, database: Any, run: dict[str, Any]) -> dict[str, Any]:
 def _state(database: Any, run: dict[str, Any], live: LiveJob | None) -> str:
     if live is not None and live.state != "ended":
         return live.state
+    if live is not None and run["ended"] is None and not run["interrupted"]:
+        return "stopping"  # It has ended since its record was read.
     if run["ended"] is not None:
         if is_with_provider(run["batches"]):
             return "submitted"
         return "done" if run["outcome"] == "done" else "stopped"
-    return "interrupted" if _is_interrupted(database, run) else "elsewhere"
+    return "interrupted" if run["interrupted"] else "elsewhere"
 
 
 def _of_live(live: LiveJob) -> dict[str, Any]:

@@ -402,6 +402,10 @@ async def test_what_a_row_has_of_models_only_where_something_is_on_record(file: 
             assert JOBS in (await pages.get("/data")).text
 
 
+def _not_ended(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [run | {"ended": None, "outcome": None} for run in runs]
+
+
 async def test_a_job_that_ends_while_its_record_is_read_is_not_called_interrupted(
     file: TableFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -412,7 +416,7 @@ async def test_a_job_that_ends_while_its_record_is_read_is_not_called_interrupte
 
             def before_it_ended(*args: Any, **which: Any) -> list[dict[str, Any]]:
                 monkeypatch.setattr(story, "_find", as_read)
-                return [run | {"ended": None, "outcome": None} for run in as_read(*args, **which)]
+                return _not_ended(as_read(*args, **which))
 
             for path in (f"{JOBS}/1.json", f"{JOBS}.json"):
                 monkeypatch.setattr(story, "_find", before_it_ended)
@@ -429,7 +433,7 @@ async def test_a_job_that_ends_just_after_its_record_was_read_is_still_stopping(
             as_read = story._find
 
             def before_it_ended(*args: Any, **which: Any) -> list[dict[str, Any]]:
-                return [run | {"ended": None, "outcome": None} for run in as_read(*args, **which)]
+                return _not_ended(as_read(*args, **which))
 
             monkeypatch.setattr(story, "_find", before_it_ended)
             monkeypatch.setattr(story, "is_held", lambda *args: True)

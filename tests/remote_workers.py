@@ -105,12 +105,18 @@ class FakeWorkers:
         """Have a worker join."""
         self._delays[address] = delay
 
-    def kill(self, address: str) -> None:
-        """Have a worker vanish in the middle of what it does."""
+    async def kill(self, address: str) -> None:
+        """Have a worker vanish in the middle of what it does, and wait until that is known."""
         del self._delays[address]
         link = self.links[address]
         link.dead = True
         link.scope.cancel()
+        while address in self.fleet.lines:  # noqa: ASYNC110 - a fleet has no event for it
+            await anyio.sleep(0.01)
+
+    async def kill_one_at_work(self) -> None:
+        """Have a worker vanish that has prompts."""
+        await self.kill(next(address for address, n in self.fleet.figures.workers.items() if n))
 
     async def run(self) -> None:
         with self.scope:

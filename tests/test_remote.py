@@ -139,7 +139,7 @@ async def test_a_worker_that_dies_loses_and_repeats_no_answer() -> None:
 
             async def kill() -> None:
                 await anyio.sleep(3.5)
-                workers.kill("a")
+                await workers.kill("a")
 
             tasks.start_soon(kill)
             rows = [f"row {number}" for number in range(100)]
@@ -160,7 +160,7 @@ async def test_a_prompt_that_kills_three_workers_fails_and_says_so() -> None:
             response = await group.prompt("deadly")
             for _ in range(3):
                 await anyio.sleep(2)
-                workers.kill(next(address for address, n in workers.fleet.figures.workers.items() if n))
+                await workers.kill_one_at_work()
             with pytest.raises(CallKillsWorkers, match="3 workers that were given this prompt died"):
                 await response.text()
 
@@ -178,7 +178,7 @@ async def test_a_prompt_that_kills_its_workers_takes_nobody_along() -> None:
                     await anyio.sleep(2)
                     for address, line in workers.fleet.lines.items():
                         if any("deadly" in str(call.question) for call in line.in_flight.values()):
-                            workers.kill(address)
+                            await workers.kill(address)
                             workers.add(new)
                             break
 
@@ -197,14 +197,14 @@ async def test_waiting_for_a_worker_is_no_time_of_the_attempt(timeout: float | N
         async with fake_workers("a", timeout=1000) as workers, facade.group(workers=workers.spec) as group:
             # So that it is known how long answers take.
             assert len([response async for _, response in group.map(map(str, range(40)))]) == 40
-            workers.kill("a")
+            await workers.kill("a")
             response = await group.prompt("x")
             await anyio.sleep(500)
             assert not response.done
             workers.add("b")
             assert await response.text() == "x"
             assert group.stats.retries == 0
-            workers.kill("b")
+            await workers.kill("b")
             late = await group.prompt("y")
             began = anyio.current_time()
             with pytest.raises(NoWorkers):
@@ -219,18 +219,14 @@ async def test_where_workers_die_of_something_else_three_are_no_proof() -> None:
             fake_workers("a", "b", "c", "d", "e") as workers,
             facade.group(workers=workers.spec, concurrency=20) as group,
         ):
-
-            def kill_its_worker() -> None:
-                workers.kill(next(address for address, n in workers.fleet.figures.workers.items() if n))
-
             response = await group.prompt("harmless")
             await anyio.sleep(2)
-            kill_its_worker()
+            await workers.kill_one_at_work()
             assert await response.text() == "harmless"
             unlucky = await group.prompt("unlucky")
             for _ in range(3):
                 await anyio.sleep(2)
-                kill_its_worker()
+                await workers.kill_one_at_work()
             assert await unlucky.text() == "unlucky"
             assert workers.fleet.figures.deaths == 4
 
@@ -242,11 +238,11 @@ async def test_what_kills_every_worker_fails_also_where_they_die_of_something_el
             facade.group(workers=workers.spec) as group,
         ):
             await anyio.sleep(1)
-            workers.kill("h")  # It had nothing to do.
+            await workers.kill("h")  # It had nothing to do.
             response = await group.prompt("deadly")
             for _ in range(6):
                 await anyio.sleep(2)
-                workers.kill(next(address for address, n in workers.fleet.figures.workers.items() if n))
+                await workers.kill_one_at_work()
             with pytest.raises(CallKillsWorkers, match="6 workers that were given this prompt died"):
                 await response.text()
 
@@ -258,7 +254,7 @@ async def test_without_a_worker_prompts_wait_say_so_and_go_on_with_the_next_one(
         async with fake_workers("a") as workers, facade.group(workers=workers.spec) as group:
             response = await group.prompt("x")
             await anyio.sleep(0.5)
-            workers.kill("a")
+            await workers.kill("a")
             await anyio.sleep(20)
             assert not response.done
             assert "No worker is there: 1 prompts wait for one" in caplog.text
@@ -278,7 +274,7 @@ async def test_prompts_do_not_wait_for_ever_for_a_worker() -> None:
             async with facade.group(workers=workers.spec) as group:
                 response = await group.prompt("x")
                 await anyio.sleep(0.5)
-                workers.kill("a")
+                await workers.kill("a")
                 workers.reachable = False
                 with pytest.raises(NoWorkers, match="the scheduler does not answer"):
                     await response.text()

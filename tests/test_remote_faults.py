@@ -48,7 +48,7 @@ async def test_an_answer_that_somebody_has_begun_to_read_is_not_begun_again() ->
             response = await group.prompt("x")
             chunks = aiter(response)
             assert await anext(chunks) == "begun"
-            workers.kill(next(address for address, n in workers.fleet.figures.workers.items() if n))
+            await workers.kill_one_at_work()
             with pytest.raises(WorkerGone, match="in the middle of its answer"):
                 await anext(chunks)
     assert model.prompts == ["x"]
@@ -70,7 +70,7 @@ async def test_when_the_fleet_ends_whoever_waits_hears_of_it() -> None:
         async with fake_workers("a") as workers, facade.group(workers=workers.spec) as group:
             running = await group.prompt("running")
             await anyio.sleep(0.5)
-            workers.kill("a")
+            await workers.kill("a")
             await anyio.sleep(1)
             workers.scope.cancel()
             with pytest.raises(WorkersError, match="the workers have ended"):

@@ -136,7 +136,7 @@ async def test_workers_are_shown_while_they_come_answer_and_go(tmp_path: Any) ->
         for width in (1280, 360):
             browser.resize(width, 900)
             assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
-        anyio.from_thread.run_sync(workers.kill, "far")
+        anyio.from_thread.run(workers.kill, "far")
         browser.until(lambda: _cells(browser) == ["near", "there", "2", "0", "far", "gone", "0", "0"])
         anyio.from_thread.run_sync(go_on.set)
         browser.until(lambda: _cells(browser)[:4] == ["near", "there", "0", "2"])

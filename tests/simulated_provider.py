@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
+from datasette_llm.calls.retry import WAIT_FIRST
 from datasette_llm.pace.outcome import Outcome
 from datasette_llm.pace.policy import ConcurrencyBounds, PromptSettings
 from datasette_llm.pace.throttle import Throttle
@@ -92,7 +93,8 @@ class SimulatedProvider:
             return 429, headers, float(math.ceil(wait)) if self.retry_after == "ceiling" else wait
         self.running += 1
         self.peak = max(self.peak, self.running)
-        seconds = self.latency * math.exp(self.sigma * self._random.gauss(0, 1))
+        # By the prompt, so that another order of the requests is no other work.
+        seconds = self.latency * math.exp(self.sigma * random.Random(f"{self.seed} {prompt}").gauss(0, 1))
         try:
             if self._desk is None:
                 await anyio.sleep(seconds)
@@ -170,6 +172,7 @@ async def send_all(
     throttle = throttle or Throttle("simulated", settings)
     slots = throttle.slots(concurrency if concurrency is not None else settings.concurrency)
     numbers: Iterator[int] = iter(range(prompts))
+    chance = random.Random(provider.seed)
     lost = 0
     limits: list[int] = []
     requests, refused = provider.requests, provider.refused
@@ -191,7 +194,7 @@ async def send_all(
                 slots.release(Outcome("ok"), granted)
                 return True
             slots.release(Outcome("throttled", retry_after=retry_after, seconds=seconds))
-            await anyio.sleep(retry_after or 0)
+            await anyio.sleep(retry_after or (chance.uniform(*WAIT_FIRST) if attempt else 0))
         return False
 
     running = 0

@@ -311,7 +311,7 @@ async def test_a_probe_that_is_cancelled_leaves_room_for_the_next() -> None:
     throttle = Throttle("m", PromptSettings())
     slots: Slots = throttle.slots(ConcurrencyBounds(), patience=ALWAYS)
     for _ in range(20):
-        slots.acquire_nowait()
+        await slots.acquire()
     for _ in range(20):
         slots.release(Outcome("transient", trouble=trouble()))
     assert throttle.away

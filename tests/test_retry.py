@@ -259,6 +259,14 @@ async def test_a_refusal_without_retry_after_is_left_to_the_throttle() -> None:
     assert calls.at == pytest.approx([0, 0])
 
 
+async def test_a_prompt_that_is_refused_again_and_again_waits_a_little_in_between() -> None:
+    calls = Calls(*(openai_error(429) for _ in range(5)))
+    assert await calls.run(RetryPolicy()) == "answer"
+    waits = [later - sooner for sooner, later in zip(calls.at, calls.at[1:], strict=False)]
+    assert waits[0] == 0
+    assert all(0.1 <= wait <= 0.4 for wait in waits[1:])
+
+
 @pytest.mark.parametrize("error", [openai_error(401), openai_error(400), ValueError(), llm.ModelError("no")])
 async def test_a_permanent_failure_is_raised_at_once_as_it_is(error: Exception) -> None:
     calls = Calls(error)

@@ -45,13 +45,14 @@ async def send(slots: Slots, prompts: int, seconds: float, tasks: int = 600) -> 
     return anyio.current_time() - began
 
 
-async def time_beside(throttle: Throttle, slots: Slots, seconds: float = 0.1) -> float:
-    """Return how long one prompt takes that is asked in the middle of a job."""
+async def time_beside(throttle: Throttle, slots: Slots | None = None, seconds: float = 0.1) -> float:
+    """Return how long one prompt takes in the middle of a job, by default as one of the job's."""
     took = 0.0
     async with anyio.create_task_group() as group:
-        group.start_soon(send, throttle.slots(ConcurrencyBounds(start=20, max=20)), 5000, seconds)
+        job = throttle.slots(ConcurrencyBounds(start=20, max=20))
+        group.start_soon(send, job, 5000, seconds)
         await anyio.sleep(3.03)
-        took = await send(slots, 1, seconds)
+        took = await send(slots or job, 1, seconds)
         group.cancel_scope.cancel()
     return took
 
@@ -60,8 +61,7 @@ async def test_a_prompt_that_somebody_waits_for_goes_ahead_of_a_job() -> None:
     throttle = Throttle("m", PromptSettings())
     bounds = ConcurrencyBounds(start=20, max=20)
     assert await time_beside(throttle, throttle.slots(bounds, urgent=True)) <= 1.5 * 0.1
-    throttle = Throttle("m", PromptSettings())
-    assert await time_beside(throttle, throttle.slots(bounds)) > 1.5 * 0.1
+    assert await time_beside(Throttle("m", PromptSettings())) > 1.5 * 0.1
 
 
 async def test_also_where_the_rate_is_limited() -> None:
@@ -103,18 +103,21 @@ async def test_people_find_no_line_at_a_server_that_queues_once_they_have_asked(
 async def test_people_among_themselves_are_not_held_back() -> None:
     provider = SimulatedProvider(workers=20, latency=1.0)
     slots = Throttle("m", PromptSettings()).slots(ConcurrencyBounds(), urgent=True)
+    limits: list[int] = []
 
     async def ask(number: int) -> None:
         await slots.acquire()
         sent = slots.acquired_at
         await provider.answer(number)
+        limits.append(slots.limit)
         slots.release(OK, sent)
 
     async with anyio.create_task_group() as group:
         for number in range(600):
             group.start_soon(ask, number)
     # Beside a job 20 or 21, as many as are worked on.
-    assert slots.limit >= 30
+    assert statistics.median(limits) >= 27
+    assert max(limits) >= 60
 
 
 async def test_and_when_a_provider_comes_back() -> None:

@@ -1,7 +1,8 @@
 """How many requests may be in flight, when nobody has said so.
 
 The limit starts at ``bounds.start`` and grows with time while it is used up and nothing is refused. It
-grows by time, not by answers: a refusal comes back at once, an answer perhaps in half a minute.
+grows by time, not by answers: a refusal comes back at once, an answer perhaps in half a minute. At first, and
+after each pause, the room for requests reaches it within ``SPREAD_SECONDS`` only.
 
 States:
 
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 
 #: The exponent of the fast growth, per second: doubles in 0.43 s.
 FAST_GROWTH = 1.6
+#: Seconds over which requests are spread, at first and after a pause, so that a provider that takes few is
+#: heard before it has been asked by all of them;
+SPREAD_SECONDS = 0.2
+#: no two of them further apart than so many.
+GAP_SECONDS = 0.01
 #: Until answers come, the limit grows to at most this many times its start: a server that queues instead
 #: of refusing would otherwise be given 500 requests before it has answered the first.
 UNPROVEN_FACTOR = 2
@@ -43,6 +49,8 @@ STILL_PRESSED_SECONDS = 0.03
 THINNED = 0.8
 #: Share of a number in flight that was refused, to which the limit falls.
 CUT = 0.9
+#: Numbers in flight are the same that differ by no more than this share of them, and a half.
+SAME_SHARE = 0.08
 #: Refusals of single requests, at the same number in flight, that show that it is the reason.
 SAME_NUMBER = 3
 #: Seconds until a limit that is known is tried again, at first and at most.
@@ -75,12 +83,20 @@ class _Level:
 
 
 class AdaptiveLimit:
-    """The number of requests that may be in flight now."""
+    """The number of requests that may be in flight.
+
+    Attributes:
+        limit: that number.
+        room: how many of these now, while they are spread.
+    """
 
     def __init__(self, bounds: ConcurrencyBounds, now: float) -> None:
         self.bounds = bounds
         self.limit = max(bounds.min, min(bounds.start, bounds.max))
+        self.room = bounds.min
         self._size = float(self.limit)
+        # The share of the limit that is let in; less than 1 while requests are spread.
+        self._opened = 0.0
         self._levels = [_Level(self._size, now)]
         self.overtaking = Overtaking()
         self._knee = Knee(self.overtaking)
@@ -106,6 +122,9 @@ class AdaptiveLimit:
     def press(self, now: float) -> None:
         """Somebody waits because the limit is used up: let it grow by the time that went by so."""
         since, self._pressed_at = self._pressed_at, now
+        if self._opened < 1 and since is not None:
+            self._opened = min(1.0, self._opened + (now - since) * self._opening_rate)
+            self._set_limit()
         ceiling = self._ceiling()
         if since is None or self._size >= ceiling:
             return
@@ -130,6 +149,8 @@ class AdaptiveLimit:
         """The pace follows limits that the provider announces: they protect it, this number need not."""
         if not self._announced:
             self._announced = True
+            self._opened = 1.0
+            self._set_limit()
             self._growth = ANNOUNCED_GROWTH * FAST_GROWTH
 
     def relax(self, now: float) -> None:
@@ -138,12 +159,20 @@ class AdaptiveLimit:
             self._relaxed_at = now
 
     def next_growth(self, now: float) -> float:
-        """Return when the limit will have grown by one, if it stays used up."""
+        """Return when there will be room for one more, if it stays used up."""
+        if self._opened < 1:
+            opened = (self.room - self.bounds.min + 1) / self.limit
+            return now + max(0.001, (opened - self._opened) / self._opening_rate)
         if self._size >= self._ceiling():
             return math.inf
         if self._slow:
             return max(now, self._retry_at)
         return now + max(0.005, math.log((self.limit + 1) / self._size) / self._growth)
+
+    @property
+    def _opening_rate(self) -> float:
+        """The share of the limit that is let in more, each second."""
+        return max(1 / SPREAD_SECONDS, 1 / (GAP_SECONDS * self.limit))
 
     def answered(self, now: float, seconds: float, beside: int) -> None:
         """A request was answered that had taken so many seconds.
@@ -196,7 +225,7 @@ class AdaptiveLimit:
         level = float(max(accepted, 1))
         suspect = self._suspect
         # Where it worked on nothing, it did not refuse for the number.
-        if accepted and suspect is not None and 0.95 * suspect - 1 <= level <= 1.1 * suspect + 1:
+        if accepted and suspect is not None and abs(level - suspect) <= SAME_SHARE * suspect + 0.5:
             self._suspect = min(level, suspect)
             self._resize(min(self._size, self._suspect * 0.97), now)
             self._slow = True
@@ -205,12 +234,19 @@ class AdaptiveLimit:
         self._slow = False
         if suspect is None or level > suspect:
             # The first time, or more than ever: perhaps that is how many it takes.
-            self._suspect = level
             self._resize(min(self._size, level * CUT), now)
+        self._suspect = level
+        if not self._announced:
+            self._opened, self._pressed_at = 0.0, now
+            self._set_limit()
         return False
 
     def refused_alone(self, now: float, accepted: int) -> None:
         """One request was refused, and others were not: by chance, or because it was one too many."""
+        if not accepted:
+            # Where it worked on nothing, it did not refuse for the number.
+            self._slow = False
+            return
         if self._by_chance or accepted < 0.9 * self.limit - 2:
             return
         if self._alone_cut and accepted < 0.96 * self._alone_cut - 1:
@@ -252,6 +288,7 @@ class AdaptiveLimit:
         knee = self._knee
         if self._people_until > -math.inf and knee.cap < math.inf:
             self.limit = max(self.bounds.min, min(self.limit, round(A_FEW_MORE * knee.without_line)))
+        self.room = min(self.limit, self.bounds.min + int(self.limit * self._opened))
 
     def _failed_again(self, now: float) -> None:
         """The limit that is known held: try it again later, and with one more."""

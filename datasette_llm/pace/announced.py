@@ -165,6 +165,7 @@ class AnnouncedBucket:
         "_newest_sent",
         "_reset_sum",
         "_seen_at_first",
+        "_taken",
         "_used_sum",
         "_window_ends",
     )
@@ -178,6 +179,8 @@ class AnnouncedBucket:
         self._is_window = False
         self._window_ends = 0.0
         self._left = self._limit = 0.0
+        # All that was taken.
+        self._taken = 0.0
         self._history_at: list[float] = []
         self._history_level: list[float] = []
 
@@ -206,6 +209,7 @@ class AnnouncedBucket:
             return
         bucket.take(now, amount)
         self._left -= amount
+        self._taken += amount
         self._history_at.append(now)
         self._history_level.append(bucket.level)
         if len(self._history_at) > 8192:
@@ -242,7 +246,10 @@ class AnnouncedBucket:
         first = bisect_left(self._history_at, sent - SAME_MOMENT_SECONDS)
         after = bisect_right(self._history_at, sent + SAME_MOMENT_SECONDS)
         if after == 0:
-            # Sent before anything was announced.
+            # Sent before anything was announced. More than it holds was not left when the first was sent that
+            # is counted.
+            if self._history_at:
+                level = min(level, self._most_seen - self._taken + rate * (now - self._history_at[0]))
             bucket.level = max(bucket.level, level)
             return
         if sent < self._newest_sent - SAME_MOMENT_SECONDS:

@@ -212,10 +212,12 @@ class Cooldowns:
                 self._refused_at.append(now)
             if not self._at_once():
                 # Case 3.
-                if sent > self._lone_at:
+                if sent > self._lone_at and not explained:
                     self._refused_alone(now, in_flight)
                 if sent > self._lone_at and not self._strikes_at_random:
-                    if self._found.lone_refusal(now, self._sent_count - self._refused_count):
+                    if self._found.lone_refusal(
+                        now, self._sent_count - self._refused_count, list(self._sent)
+                    ):
                         self._lifted = 2
                         self._found.forget()
                     self._lone_at = now

@@ -166,7 +166,7 @@ class Knee:
         if self._answers == 1:
             self._first_at, self._first_seconds = now, seconds
         elif FIRST <= self._answers <= FIRST_MOST:
-            self._look_at_first(now)
+            self._look_at_first(now, seconds)
         elif self.cap < math.inf:
             self._follow(now, held=held)
 
@@ -182,8 +182,12 @@ class Knee:
         self._begin_hold(HOLD)
         self.cap = limit
 
-    def _look_at_first(self, now: float) -> None:
-        gap = (now - self._first_at) / (self._answers - 1)
+    def _look_at_first(self, now: float, seconds: float) -> None:
+        later = now - self._first_at
+        if now - seconds <= self._first_at:
+            # The first requests are sent one after the other, and are answered so where none waits.
+            later = min(later, max(0.0, seconds - self._first_seconds))
+        gap = later / (self._answers - 1)
         few = SEEN_AT_ONCE if self._answers > FIRST else 0.5 * SEEN_AT_ONCE
         if gap * few > self._first_seconds:
             self._alone = self._least = self._first_seconds

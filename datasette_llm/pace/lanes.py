@@ -96,13 +96,18 @@ class Lane:
         return self.fixed or self.adaptive.limit  # type: ignore[union-attr]
 
     @property
+    def room(self) -> int:
+        """How many may be in flight now: fewer than the limit while they are spread."""
+        return self.fixed or self.adaptive.room  # type: ignore[union-attr]
+
+    @property
     def others_wait(self) -> bool:
         """Whether calls wait that are not those of people."""
         return bool(self._lines or self._again)
 
     def has_room(self, *, urgent: bool = False) -> bool:
         """Whether another call may be in flight."""
-        limit = self.limit
+        limit = self.room
         if urgent and self.adaptive is not None:
             limit += math.ceil(RESERVE_SHARE * limit)
         return self.in_use < limit

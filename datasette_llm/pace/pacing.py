@@ -27,12 +27,17 @@ TOKEN_BURST_SECONDS = 6.0
 SAFETY = 0.99
 #: Part of a known reserve at the provider that is used up on purpose.
 RESERVE_USED = 0.8
+#: A rate that so many requests show at least is measured.
+ENOUGH_COUNTED = 3
+#: A refusal contradicts it that comes at less than this share of what was accepted before.
+CONTRADICTS = 0.9
 #: How late a busy machine may be: what was not sent in that time is made up for.
 LATE_SECONDS = 0.1
 #: Refusals of single requests that contradict the rate, after which it is given up.
 UNEXPLAINED = 3
-#: After so many seconds without a refusal the rate is tried upward, by this share a second at first.
-PROBE_AFTER_SECONDS = 4.0
+#: After so many seconds without a refusal the rate is tried upward, and by this share a second at first. Each
+#: refusal that says the same rate again doubles them, up to the latter.
+PROBE_AFTER_SECONDS, PROBE_AFTER_SECONDS_MAX = 4.0, 60.0
 PROBE_GROWTH = 0.01
 PROBE_DOUBLING_SECONDS = 6.0
 PROBE_GROWTH_MAX = 0.15
@@ -126,6 +131,14 @@ class _Refusal:
         return slack if slack < math.inf else 0.0
 
 
+def _windows(empty_at: float, accepted_at: Sequence[float]) -> list[tuple[float, int]]:
+    total = len(accepted_at)
+    step = max(1, total // 128)
+    return [
+        (max(empty_at - accepted_at[index], 0.005), total - index) for index in range(total - 1, -1, -step)
+    ]
+
+
 class FoundRate:
     """Find the rate and burst of a provider's limit, from when it refuses.
 
@@ -139,10 +152,12 @@ class FoundRate:
         self.bucket: Bucket | None = None
         self.measured = False
         self._refusals: list[_Refusal] = []
+        self._burst = math.inf
         self._empty_at = -math.inf
         self._accepted_at_empty = 0
         self._calm_since = 0.0
         self._probed_at = 0.0
+        self._probe_after = PROBE_AFTER_SECONDS
         self._most_came_in = 0.0
         self._unexplained = 0
 
@@ -163,6 +178,7 @@ class FoundRate:
             accepted: how many ever were.
         """
         self._calm_since = now
+        self._probe_after = PROBE_AFTER_SECONDS
         self._most_came_in, self._unexplained = 0.0, 0
         since_empty = None
         seconds = empty_at - self._empty_at
@@ -172,14 +188,9 @@ class FoundRate:
         elif seconds > 0.05:
             since_empty = (seconds, accepted - self._accepted_at_empty)
         self._empty_at, self._accepted_at_empty = empty_at, accepted
-        total = len(accepted_at)
-        step = max(1, total // 128)
-        windows = [
-            (max(empty_at - accepted_at[index], 0.005), total - index)
-            for index in range(total - 1, -1, -step)
-        ]
-        self._refusals = [*self._refusals[-3:], _Refusal(windows, since_empty)]
+        self._refusals = [*self._refusals[-3:], _Refusal(_windows(empty_at, accepted_at), since_empty)]
         rate, burst = self._solve(accepted_at)
+        self._burst = burst if len(self._refusals) > 1 else math.inf
         if rate <= 0:
             self.bucket = None
             return
@@ -188,8 +199,9 @@ class FoundRate:
         self.bucket = Bucket(rate * SAFETY, capacity, max(1.0, reserve), now)
 
     def _solve(self, sent: Sequence[float]) -> tuple[float, float]:
-        self.measured = len(self._refusals) > 1
-        if not self.measured:
+        counted = [refusal.since_empty[1] for refusal in self._refusals if refusal.since_empty is not None]
+        self.measured = max(counted, default=0) >= ENOUGH_COUNTED
+        if len(self._refusals) == 1:
             # Known is only that the bucket held what was accepted all at once at the beginning.
             at_once = bisect_right(sent, sent[0] + 0.02) if sent else 0
             seconds, number = self._refusals[0].windows[-1] if sent else (0.0, 0)
@@ -203,10 +215,11 @@ class FoundRate:
             burst = max(burst + 1, burst * 1.1)
         return best[1], best[2]
 
-    def lone_refusal(self, now: float, accepted: int) -> bool:
+    def lone_refusal(self, now: float, accepted: int, sent: Sequence[float]) -> bool:
         """One request was refused while others passed: the bucket is about empty.
 
         Args:
+            sent: when the latest requests were sent.
             accepted: how many requests ever were accepted.
 
         Returns:
@@ -219,29 +232,44 @@ class FoundRate:
         unexplained = bucket.fill(now) > max(3.0, 0.2 * bucket.capacity) and self.measured
         bucket.level = min(bucket.level, 0.0)
         seconds = now - self._empty_at
+        tried_upward = now - self._calm_since > self._calm_seconds
         if not unexplained:
             bucket.rate *= SAFETY
             if seconds > 0.3:
                 # From empty to empty: what was accepted is what came in.
-                came_in = (accepted - self._accepted_at_empty) / seconds
-                bucket.rate = max(0.5 * bucket.rate, min(bucket.rate, came_in * SAFETY))
+                since_empty = accepted - self._accepted_at_empty
+                came_in = rate = since_empty / seconds
+                if tried_upward and self._burst < 2:
+                    # But a bucket that holds one is full each time that none is sent, and what was let
+                    # through lately says more.
+                    lately = _Refusal(_windows(now, sent[-since_empty:]), None)
+                    rate = max(rate, lately.rate(self._burst))
+                bucket.rate = max(0.5 * bucket.rate, min(bucket.rate, rate * SAFETY))
                 if seconds > 0.6:
                     self.measured = True
-                    unexplained = came_in < 0.97 * self._most_came_in
+                    unexplained = came_in < CONTRADICTS * self._most_came_in
                     self._most_came_in = max(self._most_came_in, came_in)
         if seconds > 2.0 or (unexplained and seconds > 0.3):
             self._empty_at, self._accepted_at_empty = now, accepted
         self._calm_since = now
+        if unexplained:
+            self._probe_after = PROBE_AFTER_SECONDS
+        elif tried_upward:
+            self._probe_after = min(2 * self._probe_after, PROBE_AFTER_SECONDS_MAX)
         self._unexplained += unexplained
         return self._unexplained >= UNEXPLAINED
+
+    @property
+    def _calm_seconds(self) -> float:
+        """How long nothing must be refused before the rate is tried upward."""
+        return self._probe_after if self.measured else GUESS_AFTER_SECONDS
 
     def probe(self, now: float) -> None:
         """Try the rate upward, when nothing was refused for a while and requests have to wait for it."""
         bucket = self.bucket
         if bucket is None:
             return
-        after = PROBE_AFTER_SECONDS if self.measured else GUESS_AFTER_SECONDS
-        calm_since = self._calm_since + after
+        calm_since = self._calm_since + self._calm_seconds
         seconds = min(now - max(self._probed_at, calm_since), 1.0)
         self._probed_at = now
         if seconds > 0:

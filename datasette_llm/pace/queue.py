@@ -121,7 +121,7 @@ class Queue:
         if self._gate.away:
             self._give_up(now)
         for lane in self._lanes:
-            blocked = lane.in_use < lane.limit
+            blocked = lane.in_use < lane.room
             lane.note_blocked(now, blocked=blocked and bool(lane.waiting))
             if lane.adaptive is not None and (blocked or not lane.waiting):
                 lane.adaptive.relax(now)
@@ -165,7 +165,7 @@ class Queue:
                 if lane.adaptive is None:
                     continue
                 lane.adaptive.press(now)
-                if lane.in_use >= lane.limit:
+                if lane.in_use >= lane.room:
                     continue
             if chosen is None or waiter.rank() < chosen.rank():
                 chosen = waiter

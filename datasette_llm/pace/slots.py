@@ -148,7 +148,7 @@ class Slots:
             waiter = lane.next()
             if (waiter is not None and waiter.slots.urgent) or not lane.has_room(urgent=True):
                 return False
-        elif lane.waiting or lane.in_use >= lane.limit:
+        elif lane.waiting or lane.in_use >= lane.room:
             return False
         now = self.now()
         if throttle.paced:

@@ -41,6 +41,15 @@ async def test_its_first_few_answers_are_no_word_for_many_more() -> None:
     assert slots.in_use == UNPROVEN
 
 
+@pytest.mark.parametrize("seconds", [0.01, 0.03, 0.05])
+async def test_a_server_that_answers_while_the_first_are_still_being_sent_has_no_queue(
+    seconds: float,
+) -> None:
+    report = await send_all(SimulatedProvider(latency=seconds, sigma=0.2), 1000)
+    assert report.limits[60] >= 20
+    assert report.seconds <= 1.2
+
+
 @pytest.mark.parametrize(("workers", "seconds"), [(1, 60.0), (8, 12.0), (64, 0.5)])
 async def test_answers_that_scatter_are_no_queue_and_hide_none(workers: int, seconds: float) -> None:
     prompts = 60 + 12 * workers

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from .knee import Knee
+from .knee import SPREAD_SECONDS, Knee
 from .overtaking import Overtaking
 
 if TYPE_CHECKING:
@@ -24,10 +24,8 @@ if TYPE_CHECKING:
 
 #: The exponent of the fast growth, per second: doubles in 0.43 s.
 FAST_GROWTH = 1.6
-#: Seconds over which requests are spread, at first and after a pause, so that a provider that takes few is
-#: heard before it has been asked by all of them;
-SPREAD_SECONDS = 0.2
-#: no two of them further apart than so many.
+#: Seconds between two requests, at most, while they are spread over ``SPREAD_SECONDS``, at first and after a
+#: pause: so a provider that takes few is heard before it has been asked by all of them.
 GAP_SECONDS = 0.01
 #: Until answers come, the limit grows to at most this many times its start: a server that queues instead
 #: of refusing would otherwise be given 500 requests before it has answered the first.
@@ -100,6 +98,8 @@ class AdaptiveLimit:
         self._levels = [_Level(self._size, now)]
         self.overtaking = Overtaking()
         self._knee = Knee(self.overtaking)
+        # The limit before a knee was seen that may yet turn out to be none.
+        self._without_knee = 0.0
         self._growth = FAST_GROWTH
         self._announced = False
         self._pressed_at: float | None = None
@@ -199,8 +199,15 @@ class AdaptiveLimit:
             self._judge(now)
         grows = self._size > UNPROVEN_FACTOR * self.bounds.start
         knee.answered(now, seconds, beside, self._size, grows=grows, held=held)
-        if knee.cap < self._size and not self._announced:
+        if self._announced:
+            return
+        if knee.cap < self._size:
+            self._without_knee = max(self._without_knee, self._size)
             self._resize(knee.cap, now)
+        elif knee.cap == math.inf and self._without_knee:
+            # There was none after all.
+            self._resize(max(self._size, self._without_knee), now)
+            self._without_knee = 0.0
 
     def given_up(self, now: float, seconds: float) -> bool:
         """A request was given up after so many seconds while others were answered.

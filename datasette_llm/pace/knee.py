@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 FEW, MORE = (2.0, 4.0), (1.25, 2.0)
 #: Fewer worked on than these are seen from the beginning.
 SEEN_AT_ONCE = 5.0
+#: Seconds over which the first requests are spread.
+SPREAD_SECONDS = 0.2
 #: Answers that tell it, at least and at most.
 FIRST, FIRST_MOST = 2, 12
 #: Answers may come in waves, so it takes so many times more to take that back; and with the last of them.
@@ -184,7 +186,7 @@ class Knee:
 
     def _look_at_first(self, now: float, seconds: float) -> None:
         later = now - self._first_at
-        if now - seconds <= self._first_at:
+        if now - seconds <= self._first_at + max(0.0, SPREAD_SECONDS - self._first_seconds):
             # The first requests are sent one after the other, and are answered so where none waits.
             later = min(later, max(0.0, seconds - self._first_seconds))
         gap = later / (self._answers - 1)

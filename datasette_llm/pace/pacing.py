@@ -242,7 +242,7 @@ class FoundRate:
                 if tried_upward and self._burst < 2:
                     # But a bucket that holds one is full each time that none is sent, and what was let
                     # through lately says more.
-                    lately = _Refusal(_windows(now, sent[-since_empty:]), None)
+                    lately = _Refusal(_windows(now, sent[max(0, len(sent) - since_empty) :]), None)
                     rate = max(rate, lately.rate(self._burst))
                 bucket.rate = max(0.5 * bucket.rate, min(bucket.rate, rate * SAFETY))
                 if seconds > 0.6:

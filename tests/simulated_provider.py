@@ -39,6 +39,7 @@ class SimulatedProvider:
         client_delay: seconds a busy client takes, at most, from the throttle's word to the network.
         random_refusals: share of the requests that get a 429 for no reason.
         random_wait: the seconds these are told to wait.
+        tells_reset: whether headers say when the bucket is full again.
     """
 
     rate: float = 0.0
@@ -53,6 +54,7 @@ class SimulatedProvider:
     client_delay: float = 0.0
     random_refusals: float = 0.0
     random_wait: float = 1.0
+    tells_reset: bool = True
     seed: int = 1
     running: int = 0
     peak: int = 0
@@ -134,11 +136,13 @@ class SimulatedProvider:
             limit, full = self.rate * 60, self._at + 60 - anyio.current_time()
         else:
             limit = self.burst if self.headers == "capacity" else self.rate * 60
-        return {
+        headers = {
             "x-ratelimit-limit-requests": f"{limit:.0f}",
             "x-ratelimit-remaining-requests": f"{int(self._level)}",
-            "x-ratelimit-reset-requests": f"{full * 1000:.0f}ms",
         }
+        if self.tells_reset:
+            headers["x-ratelimit-reset-requests"] = f"{full * 1000:.0f}ms"
+        return headers
 
 
 @dataclass

@@ -121,6 +121,16 @@ async def test_an_announced_limit_with_scattered_answers() -> None:
     assert report.seconds <= 1.15 * 15
 
 
+async def test_a_window_whose_end_nobody_tells_is_noticed_when_it_has_come() -> None:
+    """As litellm's proxy does with ``rpm``: what remains is told, and of refusals nothing."""
+    provider = SimulatedProvider(rate=2, latency=0.1, headers="window", retry_after=None, tells_reset=False)
+    report = await send_all(provider, 400, attempts=1000)
+    assert report.lost == 0
+    # Three windows of a minute have to go by.
+    assert report.seconds <= 1.25 * 180
+    assert report.refused <= 0.05 * 400
+
+
 async def test_an_announced_window_is_used_up_and_waited_for() -> None:
     provider = SimulatedProvider(rate=10, headers="window")
     report = await send_all(provider, 1500)

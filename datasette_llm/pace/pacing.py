@@ -41,6 +41,8 @@ PROBE_AFTER_SECONDS, PROBE_AFTER_SECONDS_MAX = 4.0, 60.0
 PROBE_GROWTH = 0.01
 PROBE_DOUBLING_SECONDS = 6.0
 PROBE_GROWTH_MAX = 0.15
+#: Times as much at once, at most: of a rate below one a second little is heard for long.
+PROBE_FACTOR_MAX = 1.5
 #: Doublings that are more than enough for that: nobody may have asked for days, and floats have their bounds.
 PROBE_DOUBLINGS_MAX = 8.0
 #: The same for a rate that is only guessed: the sooner it is refused, the sooner it is measured.
@@ -270,7 +272,8 @@ class FoundRate:
         if bucket is None:
             return
         calm_since = self._calm_since + self._calm_seconds
-        seconds = min(now - max(self._probed_at, calm_since), 1.0)
+        # Somebody has waited since the last look, but for no longer than from one request to the next.
+        seconds = min(now - max(self._probed_at, calm_since), max(1.0, 1 / bucket.rate))
         self._probed_at = now
         if seconds > 0:
             growth = GUESS_GROWTH
@@ -278,4 +281,4 @@ class FoundRate:
                 doublings = min((now - calm_since) / PROBE_DOUBLING_SECONDS, PROBE_DOUBLINGS_MAX)
                 growth = min(PROBE_GROWTH_MAX, PROBE_GROWTH * 2**doublings)
             bucket.fill(now)
-            bucket.rate *= 1 + growth * seconds
+            bucket.rate *= min(1 + growth * seconds, PROBE_FACTOR_MAX)

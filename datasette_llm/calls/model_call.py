@@ -18,7 +18,8 @@ from .metrics import record_call
 from .prices import told_in_headers
 from .retry import classify, retrying
 from .semantics import error_type
-from .trouble import is_line_full, trouble_of
+from .trouble import trouble_of
+from .weather import Cause, cause_of, wait_with_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,10 +33,6 @@ if TYPE_CHECKING:
     from .failures import Failure
     from .retry import Attempt
     from .standing import Refusal, Standing
-
-#: When to ask whether a failed call failed for everybody, in seconds after the time before: others that were
-#: out tell, or those who try next.
-VERDICT_SECONDS = (0.0, 0.25, 0.75)
 
 _CANCELLED = Outcome("cancelled")
 _OK = Outcome("ok")
@@ -76,7 +73,8 @@ class ModelCall:
     """
 
     __slots__ = (
-        "_ask", "_lost", "_response", "_resting", "_sent_at", "_settings", "_slots", "_started", "_task",
+        "_ask", "_lost", "_refused_with_all", "_response", "_resting", "_sent_at", "_settings", "_slots",
+        "_started", "_task",
     )  # fmt: skip
 
     def __init__(
@@ -95,8 +93,10 @@ class ModelCall:
         self._started: float | None = None
         self._sent_at = 0.0
         self._resting = False
-        # Seconds of attempts that never came back.
+        # Seconds that count for no attempt: of those that never came back, and while nobody was served.
         self._lost = 0.0
+        # The last refusal, if that counts for no attempt.
+        self._refused_with_all: Exception | None = None
 
     @property
     def slots(self) -> Slots:
@@ -160,8 +160,10 @@ class ModelCall:
 
     def _may_retry(self, error: Exception) -> bool:
         # A reader that has seen part of an answer must not see the beginning of another one.
+        standing = self._standing()
         again = (
-            not self._response._was_streamed
+            (standing is None or standing.refusal is None)
+            and not self._response._was_streamed
             and self._settings.retries.attempts > 1
             and classify(error).kind in ("throttled", "transient")
         )
@@ -202,33 +204,16 @@ class ModelCall:
             self._count_retry()
 
     async def _was_weather(self, error: Exception, *, last: bool) -> bool:
-        """Whether a call failed because a line is too long, or a job's because the provider is away.
-
-        Args:
-            last: whether it was the last attempt, for which it pays to ask again a little later.
-        """
+        """Whether a call failed for what is not its own; see `cause_of`."""
         if self._response._was_streamed:
             return False
-        failure = self._classify(error)
-        trouble = trouble_of(error, failure)
-        if trouble is None:
-            again = is_line_full(error, failure) and self._slots.waits_for_room()
-            if again:
-                self._response._events = []
-            return again
-        if trouble.silent and self._slots.waited_in_line(self._sent_at):
-            self._response._events = []
-            return True
-        if not self._slots.patience.together:
+        cause = await cause_of(error, self._classify(error), self._slots, self._sent_at, last=last)
+        if cause is Cause.ITS_OWN:
             return False
-        alone = trouble.alone and not trouble.answered
-        for seconds in VERDICT_SECONDS if last and not alone else VERDICT_SECONDS[:1]:
-            if seconds:
-                await anyio.sleep(seconds)
-            if self._slots.is_weather(self._sent_at, alone=alone):
-                self._response._events = []
-                return True
-        return False
+        self._response._events = []
+        if cause is Cause.REFUSED_WITH_ALL:
+            self._refused_with_all = error
+        return True
 
     async def _call_once(self, again: Attempt | None) -> None:
         response, slots = self._response, self._slots
@@ -249,8 +234,6 @@ class ModelCall:
             self._started = started
         try:
             self._task.begin_attempt(response._observed)
-            if standing is not None and standing.refusal is not None:
-                raise _everybodys(standing.refusal)
             response.attempts += 1
             await self._drive_with_contents()
             outcome = self._answered() if slots.paced else _OK
@@ -289,14 +272,24 @@ class ModelCall:
                 again = None  # Its time was bounded before that.
             tokens = _estimated_tokens(observed) if slots.paced else 0
             if not slots.acquire_nowait(tokens):
-                if again is None:
+                if self._refused_with_all is not None:
+                    refusal, self._refused_with_all = self._refused_with_all, None
+                    self._lost += await wait_with_all(refusal, slots, tokens, standing)
+                elif again is None:
                     await slots.acquire(tokens)
                 else:
                     await again.wait(partial(slots.acquire, tokens, first=True))
+            self._refused_with_all = None
             started = slots.acquired_at
-            if standing is None or not standing.waiting:
+            if standing is None:
                 return started
-            slots.release(_CANCELLED, started)
+            if standing.refusal is not None:
+                slots.give_back(tokens, started)
+                self._task.begin_attempt(observed)
+                raise _everybodys(standing.refusal)
+            if not standing.waiting:
+                return started
+            slots.give_back(tokens, started)
 
     def _standing(self) -> Standing | None:
         return self._task.standing(self._response._observed._key)

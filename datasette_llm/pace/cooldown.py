@@ -108,6 +108,11 @@ class Cooldowns:
         return self._pause is not None and not self._pause.ended
 
     @property
+    def refusing(self) -> bool:
+        """Whether a pause runs, or one request at a time tries whether it may be sent."""
+        return self.pausing or self._trial is not None
+
+    @property
     def _strikes_at_random(self) -> bool:
         return self._lifted >= 2
 
@@ -206,7 +211,9 @@ class Cooldowns:
             if not pause.ended and retry_after is not None:
                 pause.until = max(pause.until, now + min(retry_after, self.most_seconds))
             return
-        if explained or self._strikes_at_random or self._found.bucket is not None:
+        if self._trial is not None and not explained:
+            pass  # Case 4: since the last pause nothing has passed.
+        elif explained or self._strikes_at_random or self._found.bucket is not None:
             # Those that were on their way when the last one was refused tell nothing new.
             if sent > self._lone_at:
                 self._refused_at.append(now)

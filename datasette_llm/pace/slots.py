@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Protocol
 
 from anyio.lowlevel import checkpoint
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from .queue import Queue
     from .tally import LastHour
 
+#: How long a job's calls wait where it is not sure that all are refused, in seconds: a minute's limit is back
+#: by then.
+UNSURE_SECONDS = 120.0
+
 
 class Shared(Protocol):
     """What all groups share that use the same key and model: a throttle."""
@@ -26,6 +31,8 @@ class Shared(Protocol):
     now: Callable[[], float]
     paced: bool
     served_at: float
+    unserved_since: float
+    in_use: int
     outage: Outage
     queue: Queue
     hour: LastHour
@@ -33,6 +40,14 @@ class Shared(Protocol):
     @property
     def waiting(self) -> int:
         """How many calls wait for their turn."""
+
+    @property
+    def refuses_all(self) -> bool:
+        """Whether several prompts were refused one after the other, and none was answered."""
+
+    @property
+    def refusing(self) -> bool:
+        """Whether a pause runs, or one call at a time tries whether it may."""
 
     def away_now(self) -> Away | None:
         """Say that the provider cannot be reached, if so."""
@@ -131,10 +146,31 @@ class Slots:
         """
         return self._throttle.waited_in_line(self.lane, self.now(), sent)
 
+    @property
+    def refuses_all(self) -> bool:
+        """Whether several prompts were refused one after the other, and none was answered."""
+        return self._throttle.refuses_all
+
+    def unserved_until(self) -> float:
+        """Return until when a job's calls wait while none is served; ``inf`` if one was."""
+        throttle = self._throttle
+        sure = throttle.refuses_all and throttle.served_at > -math.inf
+        return throttle.unserved_since + (self.patience.seconds if sure else UNSURE_SECONDS)
+
     def waits_for_room(self) -> bool:
         """Whether a call that found a full line waits for room: a job's, while anybody is served."""
-        patience = self.patience
-        return patience.together and self.now() - self._throttle.served_at < patience.seconds
+        return self.patience.together and self.now() < self._throttle.unserved_since + self.patience.seconds
+
+    def nobody_is_served(self, sent: float) -> bool:
+        """Whether a job's call was refused as everybody is now, and waits until somebody is served again.
+
+        Args:
+            sent: when it was sent.
+        """
+        throttle = self._throttle
+        if not self.patience.together or throttle.in_use or throttle.served_at >= sent:
+            return False
+        return throttle.refusing and self.now() < self.unserved_until()
 
     def acquire_nowait(self, tokens: int = 0) -> bool:
         """Take a slot if a call may start at once.
@@ -182,6 +218,15 @@ class Slots:
         waiter = Waiter(self, tokens, self.now(), again=first)
         await self._throttle.queue.wait(waiter)
         self.acquired_at = waiter.started
+
+    def give_back(self, tokens: int, started: float) -> None:
+        """Give the slot back of a call that was not made after all.
+
+        Args:
+            tokens: as of ``acquire()``.
+            started: when the slot was taken.
+        """
+        self._throttle.gave_back(self, tokens, started)
 
     def release(self, outcome: Outcome, started: float | None = None, prompt: object = None) -> None:
         """Give the slot back, and say how the call went.

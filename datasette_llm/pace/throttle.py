@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 MOMENT = 1e-6
 #: Statuses that say that nobody is served now.
 UNAVAILABLE = frozenset({502, 503, 504, 529})
+#: Different prompts refused, with no answer between them, that show that it is not for what they ask.
+ALL = 8
 
 
 class Throttle:
@@ -69,7 +71,11 @@ class Throttle:
         self.in_use = 0
         self._estimated_tokens = 0.0
         #: When a call was answered with what it asked for, as far as that was looked at.
-        self.served_at = self.now()
+        self.served_at = -math.inf
+        #: When the first call failed since then; ``inf`` if none did.
+        self.unserved_since = math.inf
+        # Who was refused since then.
+        self._refused: set[object] = set()
         self._last_started = -math.inf
         self.queue = Queue(self, self.now)
 
@@ -82,6 +88,16 @@ class Throttle:
     def throttled_seconds(self) -> float:
         """How long they were kept waiting by anything but their number."""
         return self.queue.throttled_seconds
+
+    @property
+    def refusing(self) -> bool:
+        """Whether a pause runs, or one call at a time tries whether it may."""
+        return self._cooldowns.refusing
+
+    @property
+    def refuses_all(self) -> bool:
+        """Whether several prompts were refused one after the other, and none was answered."""
+        return len(self._refused) >= ALL
 
     @property
     def away(self) -> bool:
@@ -258,7 +274,8 @@ class Throttle:
         lane = slots.lane
         slots.in_use -= 1
         lane.in_use -= 1
-        if self.paced or outcome.kind != "ok" or lane.adaptive is not None or not self.outage.forgotten:
+        unserved = self.unserved_since < math.inf or not self.outage.forgotten
+        if unserved or self.paced or outcome.kind != "ok" or lane.adaptive is not None:
             self._learn(lane, outcome, started, prompt)
         self.in_use -= 1
         if self.waiting:
@@ -286,12 +303,17 @@ class Throttle:
         elif self.outage.active:
             self.outage.not_sent(now)
         if outcome.kind == "ok":
-            self.served_at = now
+            self.served_at, self.unserved_since = now, math.inf
+            self._refused.clear()
             if lane.adaptive is not None:
                 lane.adaptive.answered(now, seconds, beside)
             if self._cooldowns.active:
                 self._cooldowns.answered(now, seconds)
-        elif outcome.kind == "throttled" and not self.outage.active:
+        elif outcome.kind != "cancelled":
+            self.unserved_since = min(self.unserved_since, now)
+            if outcome.kind == "throttled" and len(self._refused) < ALL:
+                self._refused.add(prompt)
+        if outcome.kind == "throttled" and not self.outage.active:
             self._cooldowns.refused(
                 now, seconds, outcome.retry_after, self.in_use - 1, self._announced.explains_refusal
             )

@@ -72,7 +72,7 @@ async def run(
 
 async def test_a_jobs_rows_wait_for_the_next_minute() -> None:
     proxy = Proxy(per_minute=60)
-    errors, seconds = await run(proxy, 300, attempts=3)
+    errors, seconds = await run(proxy, 300)
     assert errors == dict.fromkeys(map(str, range(300)))
     assert seconds < 7 * 60
     # Not one of them asked again and again meanwhile.

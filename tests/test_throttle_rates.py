@@ -245,6 +245,24 @@ def test_what_was_learnt_in_a_bad_minute_is_soon_outdated(refusals: int, seconds
     assert limit.limit >= 160
 
 
+def test_a_limit_that_was_confirmed_often_does_not_make_a_lower_one_last() -> None:
+    limit, now = AdaptiveLimit(ConcurrencyBounds(), 0.0), 100.0
+    for _ in range(20):
+        limit.refused(now, 90)
+        now += 60
+    for _ in range(2):
+        limit.refused(now, 2)
+        now += 1
+    limit.press(now)
+    assert limit.limit <= 2
+    # It is tried with one more within seconds, not within the minute that the higher one had come to.
+    now += 6
+    limit.press(now)
+    assert limit.limit > 1
+    limit.press(now + 30)
+    assert limit.limit > 2
+
+
 async def test_a_fixed_number_in_flight_is_paced_like_any_other() -> None:
     provider = SimulatedProvider(rate=50, burst=50, latency=0.2, retry_after=None)
     report = await send_all(provider, 1000, concurrency=100)

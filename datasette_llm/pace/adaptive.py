@@ -111,6 +111,7 @@ class AdaptiveLimit:
         self._retry_at = 0.0
         self._retry_seconds = RETRY_LIMIT_SECONDS
         self._step = STEP
+        self._known = 0.0
         self._tried = False
         self._people_until = -math.inf
 
@@ -299,6 +300,10 @@ class AdaptiveLimit:
 
     def _failed_again(self, now: float) -> None:
         """The limit that is known held: try it again later, and with one more."""
+        if abs(self._size - self._known) > SAME_SHARE * self._known + 0.5:
+            # It is another one: how often the one before was tried tells nothing of it.
+            self._known = self._size
+            self._retry_seconds = RETRY_LIMIT_SECONDS
         self._tried = False
         self._step = STEP
         self._schedule_retry(now)

@@ -19,7 +19,9 @@ after how many seconds 90 % of the rows a second were back. Exit code 1 if a row
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import random
 import signal
 import socket
 import sqlite3
@@ -221,8 +223,14 @@ class Run:
 
 
 def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    # Below those that the system gives to clients: one of these may take the port while its server is away,
+    # even by connecting to itself.
+    while True:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_server(("127.0.0.1", random.randrange(20_000, 32_000))) as server,
+        ):
+            return int(server.getsockname()[1])
 
 
 async def run_cells(kinds: list[Kind], lengths: list[float], directory: Path) -> list[Cell]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from datasette_llm.calls.retry import WAIT_FIRST
+from datasette_llm.calls.retry import WAIT_REFUSED
 from datasette_llm.pace.outcome import Outcome
 from datasette_llm.pace.policy import ConcurrencyBounds, PromptSettings
 from datasette_llm.pace.throttle import Throttle
@@ -198,7 +198,7 @@ async def send_all(
                 slots.release(Outcome("ok"), granted)
                 return True
             slots.release(Outcome("throttled", retry_after=retry_after, seconds=seconds))
-            await anyio.sleep(retry_after or (chance.uniform(*WAIT_FIRST) if attempt else 0))
+            await anyio.sleep(retry_after or (chance.uniform(*WAIT_REFUSED) if attempt else 0))
         return False
 
     running = 0

@@ -40,9 +40,10 @@ __all__ = [
 #: Seconds before the first retry of a transient failure, and at most between two; the jitter keeps the
 #: prompts that one broken connection failed together from coming back together.
 WAIT_INITIAL, WAIT_MAX, WAIT_JITTER = 0.25, 10.0, 0.5
-#: The same before the first retry alone, from and to: what fails once most often passes at once. Also between
-#: refusals that do not say how long to wait, but for the first.
-WAIT_FIRST = (0.1, 0.4)
+#: The same before the first retry alone, from and to: what fails once most often passes at once.
+WAIT_FIRST = (0.05, 0.2)
+#: Between refusals that do not say how long to wait, but for the first.
+WAIT_REFUSED = (0.1, 0.4)
 
 
 class Attempt:
@@ -170,8 +171,10 @@ class _Retrying:
         if failure.retry_after is not None or (throttled and first):
             # The throttle decides when anybody is let in again; here only what this prompt was told.
             return wait
-        # Where it is refused again the throttle has not understood yet, and attempts are few.
-        return random.uniform(*WAIT_FIRST) if throttled or first else True
+        if throttled:
+            # Where it is refused again the throttle has not understood yet, and attempts are few.
+            return random.uniform(*WAIT_REFUSED)
+        return random.uniform(*WAIT_FIRST) if first else True
 
     @staticmethod
     def note(error: Exception, text: str) -> None:

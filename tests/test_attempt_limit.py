@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
 
 from datasette_llm import LLM
+from datasette_llm.pace.attempt_limit import AttemptLimit
 from tests.fakes import FakeModel, registered
 from tests.hooks import datasette_with
 
@@ -54,6 +56,22 @@ async def test_one_that_is_never_answered_fails_in_the_end() -> None:
     failed = [error for error in errors if error is not None]
     assert [type(error) for error in failed] == [TimeoutError]
     assert "far longer than the model usually takes" in str(failed[0])
+
+
+async def test_chunks_of_an_answer_move_its_deadline_now_and_then_only() -> None:
+    limit, scope = AttemptLimit(), anyio.CancelScope()
+    limit.watch(scope, 0.0)
+    assert scope.deadline == math.inf
+    for _ in range(20):
+        limit.answered(1.0)
+    assert scope.deadline == limit.seconds == 120
+    deadlines = []
+    for chunk in range(6000):
+        now = chunk / 100
+        limit.watch(scope, now)
+        assert now + 120 <= scope.deadline <= now + 1.06 * 120
+        deadlines.append(scope.deadline)
+    assert len(set(deadlines)) <= 12
 
 
 async def test_a_streamed_answer_is_given_up_for_its_silence_and_not_for_its_length() -> None:

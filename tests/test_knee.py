@@ -63,6 +63,35 @@ async def test_answers_that_scatter_are_no_queue_and_hide_none(workers: int, sec
     assert max(report.limits[len(report.limits) // 2 :]) <= 3 * workers + 8
 
 
+async def ask_one_after_the_other(provider: SimulatedProvider, throttle: Throttle, prompts: int) -> None:
+    await send_all(provider, prompts, throttle=throttle, tasks=1)
+
+
+@pytest.mark.parametrize("people_seconds", [0.0, 5.0])
+async def test_who_asks_one_after_the_other_does_not_show_how_many_are_worked_on(
+    people_seconds: float,
+) -> None:
+    provider = SimulatedProvider(latency=1.0)
+    throttle = Throttle("m", PromptSettings())
+    for _ in range(20):
+        await ask_one_after_the_other(provider, throttle, 1)
+        await anyio.sleep(people_seconds)
+    report = await send_all(provider, 600, throttle=throttle)
+    fresh = await send_all(SimulatedProvider(latency=1.0), 600)
+    assert report.seconds <= fresh.seconds + 1
+
+
+async def test_who_asks_now_and_then_does_not_make_a_known_knee_lower() -> None:
+    provider = SimulatedProvider(workers=20, latency=1.0, sigma=0.3)
+    throttle = Throttle("m", PromptSettings())
+    first = await send_all(provider, 600, throttle=throttle)
+    for _ in range(100):
+        await ask_one_after_the_other(provider, throttle, 1)
+        await anyio.sleep(60)
+    again = await send_all(provider, 600, throttle=throttle)
+    assert again.seconds <= 1.05 * first.seconds
+
+
 async def test_answers_that_scatter_do_not_make_room_look_narrow() -> None:
     provider = SimulatedProvider(latency=2.0, sigma=1.0, seed=2)
     report = await send_all(provider, 1500)

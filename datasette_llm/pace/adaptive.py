@@ -43,6 +43,10 @@ ENOUGH_ANSWERS = 16
 #: Seconds without anybody waiting after which the limit counts as not used up: until then the next one may
 #: only be on its way.
 STILL_PRESSED_SECONDS = 0.03
+#: The limit is about used up with this share of it in flight, or while somebody waits; and so many seconds
+#: after that, since the next one may only be on its way. Else answers come as they are asked for, which does
+#: not show what the server can do.
+USED_SHARE, USED_SECONDS = 0.5, 1.0
 #: Share to which the limit falls when a request was given up that had waited in line.
 THINNED = 0.8
 #: Share of a number in flight that was refused, to which the limit falls.
@@ -114,6 +118,8 @@ class AdaptiveLimit:
         self._known = 0.0
         self._tried = False
         self._people_until = -math.inf
+        # When the limit was known last to be about used up.
+        self._used_at = -math.inf
 
     def people_ask(self, now: float) -> None:
         """Somebody asks who waits for the answer: others form no line at the server for a while."""
@@ -175,12 +181,15 @@ class AdaptiveLimit:
         """The share of the limit that is let in more, each second."""
         return max(1 / SPREAD_SECONDS, 1 / (GAP_SECONDS * self.limit))
 
-    def answered(self, now: float, seconds: float, beside: int) -> None:
+    def answered(self, now: float, seconds: float, beside: int, *, waiting: bool = False) -> None:
         """A request was answered that had taken so many seconds.
 
         Args:
             beside: how many were in flight when it was sent, itself included.
+            waiting: whether somebody waits for the limit.
         """
+        if waiting or beside >= USED_SHARE * self.limit:
+            self._used_at = now
         sent = now - seconds
         levels = self._levels
         for level in reversed(levels):
@@ -199,7 +208,8 @@ class AdaptiveLimit:
         if level.answers == ENOUGH_ANSWERS and not self._slow and knee.cap == math.inf:
             self._judge(now)
         grows = self._size > UNPROVEN_FACTOR * self.bounds.start
-        knee.answered(now, seconds, beside, self._size, grows=grows, held=held)
+        used = now - self._used_at <= USED_SECONDS
+        knee.answered(now, seconds, beside, self._size, grows=grows, held=held, used=used)
         if self._announced:
             return
         if knee.cap < self._size:

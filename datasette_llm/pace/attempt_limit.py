@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 LEAST_SECONDS = 120.0
 #: So many times as long as the slowest of a hundred answers.
 TIMES, SLOWEST = 10.0, 0.01
+#: By what share of that a streamed answer that has become silent may be given up later.
+LATE = 0.05
 #: Answers before anything is known, after how many it is looked at again, and how many count.
 ENOUGH, EVERY, MOST = 20, 20, 1000
 
@@ -39,7 +41,13 @@ class AttemptLimit:
     def watch(self, scope: anyio.CancelScope, now: float) -> None:
         """Give a call's scope its deadline, counted from now; again whenever something of its answer came."""
         self._running[scope] = now
-        scope.deadline = now + self.seconds
+        deadline = now + self.seconds
+        if scope.deadline == math.inf:
+            if deadline < math.inf:
+                scope.deadline = deadline
+        elif scope.deadline < deadline:
+            # Not each time: that costs a timer, and a streamed answer is heard of a hundred times a second.
+            scope.deadline = deadline + LATE * self.seconds
 
     def forget(self, scope: anyio.CancelScope) -> None:
         """A call has ended, or has no deadline for a while; may be said again."""

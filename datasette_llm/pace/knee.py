@@ -79,7 +79,7 @@ class Knee:
         # How many are worked on, by Little's law.
         self._at_work = math.inf
         self._recent: deque[tuple[float, float]] = deque(maxlen=MOST_RECENT)
-        self._since = 0
+        self._since = self._in_a_row = 0
         self._hold = HOLD
         # After how long a call was given up that had waited in line.
         self._patience = math.inf
@@ -134,7 +134,15 @@ class Knee:
         self.cap = min(self.cap, limit)
 
     def answered(
-        self, now: float, seconds: float, beside: int, limit: float, *, grows: bool, held: bool
+        self,
+        now: float,
+        seconds: float,
+        beside: int,
+        limit: float,
+        *,
+        grows: bool,
+        held: bool,
+        used: bool = True,
     ) -> None:
         """A call was answered that had taken so many seconds.
 
@@ -143,10 +151,15 @@ class Knee:
             limit: how many may be now.
             grows: whether that has grown by what answers have shown.
             held: whether fewer are let in for another reason, so that more cannot be tried.
+            used: whether as many are in flight as may be; else the answers are those that were asked for.
         """
+        self._recent.append((now, seconds))
+        if not used:
+            self._in_a_row = 0
+            return
+        self._in_a_row += 1
         self._answers += 1
         self._since += 1
-        self._recent.append((now, seconds))
         if self._answers <= SOME:
             self._some_seconds += seconds
         share = max(SMOOTHING, 1 / self._answers)
@@ -208,7 +221,7 @@ class Knee:
     def _follow(self, now: float, *, held: bool) -> None:
         # Twice as many as are in flight: they may come in waves.
         window = int(min(max(WINDOW, 2 * self.cap), MOST_RECENT))
-        number = min(len(self._recent), window)
+        number = min(len(self._recent), window, self._in_a_row)
         seconds = now - self._recent[-number][0]
         if seconds <= 0 or (number < window and self._gain is MORE):
             return

@@ -306,7 +306,7 @@ class Throttle:
             self.served_at, self.unserved_since = now, math.inf
             self._refused.clear()
             if lane.adaptive is not None:
-                lane.adaptive.answered(now, seconds, beside)
+                lane.adaptive.answered(now, seconds, beside, waiting=lane.waiting > 0)
             if self._cooldowns.active:
                 self._cooldowns.answered(now, seconds)
         elif outcome.kind != "cancelled":

@@ -229,6 +229,24 @@ async def test_the_last_prompt_waits_out_an_outage_too(error: Callable[[], Excep
     assert answers == ["X"]
 
 
+@pytest.mark.parametrize("concurrency", [1, 2, 10])
+async def test_few_at_a_time_a_provider_that_is_silent_for_long_is_waited_out_too(concurrency: int) -> None:
+    silent, began = range(31, 1212), anyio.current_time()
+
+    async def answer(prompt: str) -> AsyncGenerator[Any, None]:
+        now = anyio.current_time() - began
+        await anyio.sleep(1)
+        if now + 1 > silent.start:
+            await anyio.sleep(max(0.0, silent.stop - now))
+        yield prompt
+
+    with registered(FakeModel(answer)):
+        group = LLM(datasette_with()).group("fake", concurrency=concurrency, outage_timeout=1800)
+        async with group as model:
+            errors = [response.error async for _, response in model.map(range(150), str)]
+    assert errors == [None] * 150
+
+
 @pytest.mark.parametrize("concurrency", [1, 10, None])
 async def test_a_partial_outage_slows_down_and_never_stops(concurrency: int | None) -> None:
     count = 0

@@ -105,8 +105,12 @@ class Outage:
         return self.reached and self._run == 0 and not self.waiting
 
     def seconds(self, now: float) -> float:
-        """Return how long it has been away, all outages together."""
-        return self._over_seconds + (now - self.began if self.active else 0.0)
+        """Return how long it has been away, all outages together, and what may turn out to be one."""
+        if self.active:
+            return self._over_seconds + now - self.began
+        if self._run:
+            return self._over_seconds + now - max(self._run_sent, self.answered_at)
+        return self._over_seconds
 
     def covers(self, sent: float, *, alone: bool) -> bool:
         """Whether a call that failed did so because the provider is, or was, away.

@@ -13,6 +13,7 @@ import pytest
 
 from datasette_llm.pace.adaptive import AdaptiveLimit
 from datasette_llm.pace.announced import seconds_until
+from datasette_llm.pace.outcome import Outcome
 from datasette_llm.pace.policy import ConcurrencyBounds, PromptSettings
 from datasette_llm.pace.throttle import Throttle
 
@@ -218,6 +219,30 @@ async def test_a_pace_that_was_found_is_good_for_more_than_a_day() -> None:
     report = await send_all(provider, 300, throttle=throttle)
     assert report.lost == 0
     assert report.refused <= 0.05 * 300
+
+
+@pytest.mark.parametrize("in_flight", [20, 50])
+async def test_a_cap_that_people_use_too_is_not_taken_for_a_rate(in_flight: int) -> None:
+    provider = SimulatedProvider(in_flight=in_flight, latency=0.3, sigma=0.1, retry_after=None)
+    throttle = Throttle("simulated", PromptSettings())
+    people = throttle.slots(ConcurrencyBounds(), urgent=True)
+
+    async def person() -> None:
+        while True:
+            await people.acquire()
+            sent = people.acquired_at
+            status, _, _ = await provider.answer(1_000_000)
+            people.release(Outcome("ok" if status == 200 else "throttled"), sent)
+            await anyio.sleep(1)
+
+    for _ in range(10):
+        await send_all(provider, 1, throttle=throttle, tasks=1)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(person)
+        report = await send_all(provider, 30 * in_flight, throttle=throttle)
+        tasks.cancel_scope.cancel()
+    assert report.lost == 0
+    assert report.seconds <= 1.7 * 30 * 0.3
 
 
 @pytest.mark.parametrize(("refusals", "seconds"), [(2, 60), (20, 120)])

@@ -55,6 +55,10 @@ CUT = 0.9
 SAME_SHARE = 0.08
 #: Refusals of single requests, at the same number in flight, that show that it is the reason.
 SAME_NUMBER = 3
+#: So few in flight are the same number easily.
+FEW_IN_FLIGHT = 8
+#: Refusals so many seconds apart belong together.
+SAME_REFUSALS_SECONDS = 0.3
 #: Seconds until a limit that is known is tried again, at first and at most.
 RETRY_LIMIT_SECONDS, RETRY_LIMIT_SECONDS_MAX = 5.0, 60.0
 #: So many seconds after somebody has asked who waits for the answer, no line is kept at a server that queues:
@@ -110,6 +114,7 @@ class AdaptiveLimit:
         self._relaxed_at: float | None = None
         self._suspect: float | None = None
         self._alone_at = self._alone = self._alone_cut = 0
+        self._alone_cut_at = -math.inf
         self._by_chance = False
         self._slow = False
         self._retry_at = 0.0
@@ -259,28 +264,49 @@ class AdaptiveLimit:
             self._set_limit()
         return False
 
-    def refused_alone(self, now: float, accepted: int) -> None:
-        """One request was refused, and others were not: by chance, or because it was one too many."""
+    def refused_alone(self, now: float, accepted: int, *, paced: bool = False) -> bool:
+        """One request was refused, and others were not: by chance, or because it was one too many.
+
+        Args:
+            accepted: how many others the provider was working on.
+            paced: whether a rate was followed that was taken to be the reason of refusals before.
+
+        Returns:
+            whether it refuses for their number, as it seems.
+        """
         if not accepted:
             # Where it worked on nothing, it did not refuse for the number.
             self._slow = False
-            return
+            return False
         if self._by_chance or accepted < 0.9 * self.limit - 2:
-            return
+            return False
         if self._alone_cut and accepted < 0.96 * self._alone_cut - 1:
+            if now - self._alone_cut_at < SAME_REFUSALS_SECONDS:
+                # Others were refused at the same moment, and had been counted.
+                self._cut_alone(now, accepted)
+                return False
             # With fewer it happens too, so it is not for their number.
             self._by_chance = True
             self._slow = False
-            return
-        if abs(accepted - self._alone_at) > 1 + 0.03 * accepted:
+            return False
+        alike = 1 + 0.03 * accepted
+        if abs(accepted - self._alone_at) > alike:
             self._alone_at, self._alone = accepted, 0
         self._alone += 1
-        if self._alone >= SAME_NUMBER:
-            self._alone = 0
-            self._alone_cut = accepted
-            self._resize(min(self._size, max(1.0, accepted * 0.97)), now)
-            self._slow = True
-            self._failed_again(now)
+        # Where a pace holds back, as many as may be are in flight for once: that is no chance.
+        suspect = self._suspect if paced and accepted >= max(FEW_IN_FLIGHT, 0.94 * self.limit - 1) else None
+        again = suspect is not None and abs(accepted - suspect) <= alike
+        if self._alone < SAME_NUMBER and not again:
+            return False
+        self._cut_alone(now, accepted)
+        return again
+
+    def _cut_alone(self, now: float, accepted: int) -> None:
+        self._alone = 0
+        self._alone_cut, self._alone_cut_at = accepted, now
+        self._resize(min(self._size, max(1.0, accepted * 0.97)), now)
+        self._slow = True
+        self._failed_again(now)
 
     def _ceiling(self) -> float:
         if self._announced:

@@ -68,7 +68,7 @@ class Cooldowns:
         most_seconds: no pause is longer, whatever the provider asks for.
         cut: told, when a pause is over, how many requests the provider was working on as it refused; says
             whether that is the reason for the refusal.
-        refused_alone: told how many there were when a single request was refused.
+        refused_alone: the same of a single refused request; told whether a found rate was followed, too.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Cooldowns:
         model_id: str,
         most_seconds: float,
         cut: Callable[[float, int], bool],
-        refused_alone: Callable[[float, int], None],
+        refused_alone: Callable[[float, int, bool], bool],
     ) -> None:
         self.active = False
         self.most_seconds = most_seconds
@@ -219,8 +219,9 @@ class Cooldowns:
                 self._refused_at.append(now)
             if not self._at_once():
                 # Case 3.
-                if sent > self._lone_at and not explained:
-                    self._refused_alone(now, in_flight)
+                paced = self._found.bucket is not None
+                if sent > self._lone_at and not explained and self._refused_alone(now, in_flight, paced):
+                    self._found.forget()
                 if sent > self._lone_at and not self._strikes_at_random:
                     if self._found.lone_refusal(
                         now, self._sent_count - self._refused_count, list(self._sent)
@@ -231,7 +232,7 @@ class Cooldowns:
                 return
         elif self._by_chance(now, seconds, retry_after):
             # Case 3.
-            self._refused_alone(now, in_flight)
+            self._refused_alone(now, in_flight, False)
             return
         # Cases 2 and 4.
         wait = retry_after
@@ -307,7 +308,7 @@ class Cooldowns:
             self._refused_in_a_row += 1
             self._trial = Bucket(1.0, 1.0, 1.0, now)
         if pause.refused == 1:
-            self._refused_alone(now, pause.in_flight)
+            self._refused_alone(now, pause.in_flight, False)
             apart = accepted - self._single_refusal_at
             self._single_refusal_at = accepted
             if SINGLE_REFUSAL_REQUESTS < apart < math.inf:

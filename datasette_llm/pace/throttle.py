@@ -349,7 +349,10 @@ class Throttle:
                 for_number = True
         return for_number
 
-    def _refused_alone(self, now: float, accepted: int) -> None:
+    def _refused_alone(self, now: float, accepted: int, paced: bool) -> bool:
+        """See `AdaptiveLimit.refused_alone`."""
+        for_number = False
         for lane in self._adaptive_lanes.values():
-            if lane.adaptive is not None:
-                lane.adaptive.refused_alone(now, accepted)
+            if lane.adaptive is not None and lane.adaptive.refused_alone(now, accepted, paced=paced):
+                for_number = True
+        return for_number

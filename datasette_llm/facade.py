@@ -89,8 +89,9 @@ class LLM:
                 default, and when it takes longer, all of them fail at once, as after any failure that
                 none of them can escape (no money, a wrong key, no such model): unsent.
             timeout: how many seconds one attempt may take; else as configured.
-            outage_timeout: how many seconds prompts wait for a provider that cannot be reached, together
-                and without using up their attempts. By default each waits as long as ``retries`` allows.
+            outage_timeout: how many seconds prompts wait for a provider that cannot be reached, or refuses
+                whatever is asked, together and without using up their attempts. By default each
+                waits as long as ``retries`` allows.
             workers: who makes the model calls: a number of local processes that end with the group, the
                 address of a Dask scheduler (``tls://host:8786``), a mapping of it and its ``security``, or a
                 ``distributed.Client``; 0 is this process itself. Else as configured.

@@ -125,9 +125,9 @@ async def enrich(
             default as configured, else there is no limit. The price of the model has to be known.
         deadline: stop after so many seconds; prompts in flight are still completed.
         timeout: how many seconds one attempt may take; by default as configured.
-        outage_timeout: how many seconds a provider that cannot be reached is waited for, without using up
-            any row's attempts: half an hour by default, or as configured; but ten seconds while it has not
-            answered anything yet.
+        outage_timeout: how many seconds a provider that cannot be reached, or refuses whatever is asked, is
+            waited for, without using up any row's attempts: half an hour by default, or as configured; but
+            ten seconds while it has not answered anything yet, two minutes where it refuses.
         workers: who makes the model calls: a number of local processes, which end with the job, the address
             of a Dask scheduler, a mapping of it and its ``security``, or a ``distributed.Client``; 0 is this
             process itself. By default as configured.

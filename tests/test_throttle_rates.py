@@ -75,6 +75,15 @@ async def test_a_low_limit_that_nobody_announced(burst: int, latency: float) -> 
     assert report.seconds <= 1.15 * (1000 - burst) / 4
 
 
+async def test_a_low_limit_is_kept_where_requests_leave_a_little_late() -> None:
+    provider = SimulatedProvider(
+        rate=4, burst=4, latency=0.5, sigma=0.02, retry_after=None, client_delay=0.01, seed=2
+    )
+    report = await send_all(provider, 1000)
+    assert report.lost == 0
+    assert report.refused <= 0.02 * 1000
+
+
 async def test_the_first_requests_are_spread_and_soon_the_limit_is_reached() -> None:
     throttle = Throttle("simulated", PromptSettings())
     slots = throttle.slots(ConcurrencyBounds(start=20))

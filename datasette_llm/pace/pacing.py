@@ -29,13 +29,12 @@ SAFETY = 0.99
 RESERVE_USED = 0.8
 #: A rate that so many requests show at least is measured.
 ENOUGH_COUNTED = 3
-#: A refusal contradicts it that comes at less than this share of what was accepted before, or at less than
-#: that although so many requests, from one refusal to the next, may be counted wrong.
-CONTRADICTS, COUNTED_WRONG = 0.9, 2
+#: A refusal contradicts it that comes at less than this share of what was accepted before.
+CONTRADICTS = 0.9
 #: How late a busy machine may be: what was not sent in that time is made up for.
 LATE_SECONDS = 0.1
 #: Refusals of single requests that contradict the rate, after which it is given up.
-UNEXPLAINED = 2
+UNEXPLAINED = 3
 #: After so many seconds without a refusal the rate is tried upward, and by this share a second at first. Each
 #: refusal that says the same rate again doubles them, up to the latter.
 PROBE_AFTER_SECONDS, PROBE_AFTER_SECONDS_MAX = 4.0, 60.0
@@ -161,7 +160,7 @@ class FoundRate:
         self._calm_since = 0.0
         self._probed_at = 0.0
         self._probe_after = PROBE_AFTER_SECONDS
-        self._most_came_in = self._least_came_in = 0.0
+        self._most_came_in = 0.0
         self._unexplained = 0
 
     def forget(self) -> None:
@@ -182,8 +181,7 @@ class FoundRate:
         """
         self._calm_since = now
         self._probe_after = PROBE_AFTER_SECONDS
-        self._most_came_in = self._least_came_in = 0.0
-        self._unexplained = 0
+        self._most_came_in, self._unexplained = 0.0, 0
         since_empty = None
         seconds = empty_at - self._empty_at
         if seconds > 120:
@@ -242,20 +240,17 @@ class FoundRate:
             if seconds > 0.3:
                 # From empty to empty: what was accepted is what came in.
                 since_empty = accepted - self._accepted_at_empty
-                came_in = since_empty / seconds
+                came_in = rate = since_empty / seconds
                 if tried_upward and self._burst < 2:
                     # But a bucket that holds one is full each time that none is sent, and what was let
                     # through lately says more.
                     lately = _Refusal(_windows(now, sent[max(0, len(sent) - since_empty) :]), None)
-                    came_in = max(came_in, lately.rate(self._burst))
-                bucket.rate = max(0.5 * bucket.rate, min(bucket.rate, came_in * SAFETY))
+                    rate = max(rate, lately.rate(self._burst))
+                bucket.rate = max(0.5 * bucket.rate, min(bucket.rate, rate * SAFETY))
                 if seconds > 0.6:
                     self.measured = True
-                    wrong = COUNTED_WRONG / seconds
-                    too_few = max(CONTRADICTS * self._most_came_in, self._least_came_in - wrong)
-                    unexplained = came_in < too_few
+                    unexplained = came_in < CONTRADICTS * self._most_came_in
                     self._most_came_in = max(self._most_came_in, came_in)
-                    self._least_came_in = max(self._least_came_in, came_in - wrong)
         if seconds > 2.0 or (unexplained and seconds > 0.3):
             self._empty_at, self._accepted_at_empty = now, accepted
         self._calm_since = now

@@ -48,9 +48,13 @@ async def test_jobs_on_several_columns_run_at_once_and_each_is_told_by_itself(
 ) -> None:
     # However slow the machine, what is in flight waits for the event.
     monkeypatch.setattr(live, "GRACE_SECONDS", PATIENCE_SECONDS)
-    go_on = anyio.Event()
+    go_on, both_asked = anyio.Event(), anyio.Event()
+    asked: set[str] = set()
 
     async def wait(prompt: str) -> Any:
+        asked.add(prompt.split()[0])
+        if asked == {"First", "Second"}:
+            both_asked.set()
         await go_on.wait()
         yield prompt
 
@@ -58,6 +62,9 @@ async def test_jobs_on_several_columns_run_at_once_and_each_is_told_by_itself(
         async with site(file, concurrency=2) as pages:
             first = await pages.run(prompt="First {{ word }}", column="first")
             second = await pages.run(prompt="Second {{ word }}", column="second")
+            # A job that has asked nothing yet ends as soon as it is told to.
+            with anyio.fail_after(PATIENCE_SECONDS):
+                await both_asked.wait()
             jobs = (await pages.get(f"{JOBS}.json")).json()["jobs"]
             assert [(job["columns"], job["state"]) for job in jobs] == [
                 (["second"], "running"),

@@ -120,6 +120,7 @@ class AdaptiveLimit:
         self._retry_at = 0.0
         self._retry_seconds = RETRY_LIMIT_SECONDS
         self._step = STEP
+        # The number in flight that was found out last.
         self._known = 0.0
         self._tried = False
         self._people_until = -math.inf
@@ -272,7 +273,7 @@ class AdaptiveLimit:
             paced: whether a rate was followed that was taken to be the reason of refusals before.
 
         Returns:
-            whether it refuses for their number, as it seems.
+            whether that refutes the rate: it refused the same number before. The limit may fall without that.
         """
         if not accepted:
             # Where it worked on nothing, it did not refuse for the number.

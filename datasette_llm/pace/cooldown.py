@@ -68,7 +68,8 @@ class Cooldowns:
         most_seconds: no pause is longer, whatever the provider asks for.
         cut: told, when a pause is over, how many requests the provider was working on as it refused; says
             whether that is the reason for the refusal.
-        refused_alone: the same of a single refused request; told whether a found rate was followed, too.
+        refused_alone: told the same of a single refused request, and whether a found rate was followed; says
+            whether that rate is refuted.
     """
 
     def __init__(

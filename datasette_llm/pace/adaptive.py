@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 
 from .knee import SPREAD_SECONDS, Knee
 from .overtaking import Overtaking
+from .stagger import FEW_IN_FLIGHT, Stagger
+from .throughput import ThroughputByLimit
 
 if TYPE_CHECKING:
     from .policy import ConcurrencyBounds
@@ -35,11 +37,6 @@ UNPROVEN_FACTOR = 2
 PROVEN_FACTOR, PROVEN_FEW, PROVEN_FACTOR_MANY = 4.0, 200.0, 2.5
 #: How much faster it grows, and without these bounds, when the pace follows what the provider announced.
 ANNOUNCED_GROWTH = 5
-#: Twice as many in flight must give at least this much more throughput, or growing stops. (1 is what a
-#: server gives that only queues, 2 one that has room; answers' times scatter.)
-WORTHWHILE = 1.3
-#: Answers needed for such a judgement.
-ENOUGH_ANSWERS = 16
 #: Seconds without anybody waiting after which the limit counts as not used up: until then the next one may
 #: only be on its way.
 STILL_PRESSED_SECONDS = 0.03
@@ -55,8 +52,9 @@ CUT = 0.9
 SAME_SHARE = 0.08
 #: Refusals of single requests, at the same number in flight, that show that it is the reason.
 SAME_NUMBER = 3
-#: So few in flight are the same number easily.
-FEW_IN_FLIGHT = 8
+#: What was sent while an answer was on its way was not beside it: for a round trip, at most this share of
+#: what an answer takes.
+CROSSING_SHARE = 0.5
 #: Refusals so many seconds apart belong together.
 SAME_REFUSALS_SECONDS = 0.3
 #: Seconds until a limit that is known is tried again, at first and at most.
@@ -71,21 +69,9 @@ A_FEW_MORE = 1.06
 STEP, STEP_MAX = 0.05, 1.0
 
 
-class _Level:
-    """Answers to requests that were sent while the limit was between ``limit`` and twice that."""
-
-    __slots__ = ("answers", "limit", "seconds", "since")
-
-    def __init__(self, limit: float, since: float) -> None:
-        self.limit = limit
-        self.since = since
-        self.answers = 0
-        self.seconds = 0.0
-
-    def throughput(self) -> float | None:
-        if self.answers < ENOUGH_ANSWERS or self.seconds <= 0:
-            return None
-        return self.limit * self.answers / self.seconds
+def _just_below(accepted: float) -> float:
+    """Return a limit at which nobody is refused who would be beside so many others."""
+    return 0.97 * accepted + (0.5 if accepted < FEW_IN_FLIGHT else 0.0)
 
 
 class AdaptiveLimit:
@@ -103,7 +89,7 @@ class AdaptiveLimit:
         self._size = float(self.limit)
         # The share of the limit that is let in; less than 1 while requests are spread.
         self._opened = 0.0
-        self._levels = [_Level(self._size, now)]
+        self._throughput = ThroughputByLimit(self._size, now)
         self.overtaking = Overtaking()
         self._knee = Knee(self.overtaking)
         # The limit before a knee was seen that may yet turn out to be none.
@@ -113,6 +99,9 @@ class AdaptiveLimit:
         self._pressed_at: float | None = None
         self._relaxed_at: float | None = None
         self._suspect: float | None = None
+        self._stagger = Stagger(bounds.min)
+        # What a request and its refusal took together on their way.
+        self._round_trip = 0.0
         self._alone_at = self._alone = self._alone_cut = 0
         self._alone_cut_at = -math.inf
         self._by_chance = False
@@ -122,10 +111,23 @@ class AdaptiveLimit:
         self._step = STEP
         # The number in flight that was found out last.
         self._known = 0.0
-        self._tried = False
+        # Answers, while a greater number is being tried, and one: how many there were.
+        self._tried = 0
         self._people_until = -math.inf
         # When the limit was known last to be about used up.
         self._used_at = -math.inf
+
+    def sent(self, now: float) -> None:
+        """A request is sent now."""
+        self.overtaking.sent(now)
+        self._stagger.sent(now)
+
+    def ended(self, now: float, sent: float, *, answered: bool, refused: bool = False) -> int:
+        """A request has ended, which was sent at that moment; return how many were in flight then."""
+        if refused:
+            self._round_trip = now - sent
+        crossing = min(self._round_trip, CROSSING_SHARE * self._stagger.answer_seconds)
+        return self.overtaking.ended(sent, answered=answered, crossed_since=now - crossing)
 
     def people_ask(self, now: float) -> None:
         """Somebody asks who waits for the answer: others form no line at the server for a while."""
@@ -135,6 +137,8 @@ class AdaptiveLimit:
     def press(self, now: float) -> None:
         """Somebody waits because the limit is used up: let it grow by the time that went by so."""
         since, self._pressed_at = self._pressed_at, now
+        if self._stagger.let_in < self.limit and self._stagger.press(now):
+            self._set_limit()
         if self._opened < 1 and since is not None:
             self._opened = min(1.0, self._opened + (now - since) * self._opening_rate)
             self._set_limit()
@@ -149,13 +153,9 @@ class AdaptiveLimit:
             # Capped, since one long wait says no more than a short one.
             self._resize(min(ceiling, self._size * math.exp(self._growth * min(now - since, 0.25))), now)
         elif now >= self._retry_at:
-            if self._tried:
-                # That was accepted, so the limit is not where it was.
-                self._step = min(2 * self._step, STEP_MAX)
-                self._retry_seconds = RETRY_LIMIT_SECONDS
             grown = self._size + max(self._step / STEP, self._size * self._step)
             self._resize(min(ceiling, grown, 2 * self._size + 1), now)
-            self._tried = True
+            self._tried = 1
             self._schedule_retry(now)
 
     def trust(self) -> None:
@@ -173,6 +173,8 @@ class AdaptiveLimit:
 
     def next_growth(self, now: float) -> float:
         """Return when there will be room for one more, if it stays used up."""
+        if self._stagger.let_in < self.limit:
+            return max(now + 0.001, self._stagger.opens_at)
         if self._opened < 1:
             opened = (self.room - self.bounds.min + 1) / self.limit
             return now + max(0.001, (opened - self._opened) / self._opening_rate)
@@ -197,21 +199,23 @@ class AdaptiveLimit:
         if waiting or beside >= USED_SHARE * self.limit:
             self._used_at = now
         sent = now - seconds
-        levels = self._levels
-        for level in reversed(levels):
-            if level.since <= sent:
-                break
-        else:
-            level = levels[0]
-        level.answers += 1
-        level.seconds += seconds
+        self._stagger.answered(now, seconds, beside)
+        if self._tried and beside >= self.limit:
+            self._tried += 1
+            if self._tried > max(2, self.limit):
+                # More was accepted, so the limit is not where it was.
+                self._tried = 0
+                self._step = min(2 * self._step, STEP_MAX)
+                self._retry_seconds = RETRY_LIMIT_SECONDS
+                self._schedule_retry(now)
+        news = self._throughput.answered(sent, seconds)
         knee = self._knee
         held = now <= self._people_until
         if self._people_until > -math.inf:
             if not held:
                 self._people_until = -math.inf
             self._set_limit()
-        if level.answers == ENOUGH_ANSWERS and not self._slow and knee.cap == math.inf:
+        if news and not self._slow and knee.cap == math.inf:
             self._judge(now)
         grows = self._size > UNPROVEN_FACTOR * self.bounds.start
         used = now - self._used_at <= USED_SECONDS
@@ -247,11 +251,14 @@ class AdaptiveLimit:
             whether it refuses for their number, as it seems: it did so at the same number before.
         """
         level = float(max(accepted, 1))
-        suspect = self._suspect
+        suspect = None if self._stagger.takes_more_than(level) else self._suspect
+        self._stagger.refused(now)
         # Where it worked on nothing, it did not refuse for the number.
         if accepted and suspect is not None and abs(level - suspect) <= SAME_SHARE * suspect + 0.5:
             self._suspect = min(level, suspect)
-            self._resize(min(self._size, self._suspect * 0.97), now)
+            # That others were refused with fewer was another time's.
+            self._by_chance, self._alone_cut = False, 0
+            self._resize(min(self._size, _just_below(self._suspect)), now)
             self._slow = True
             self._failed_again(now)
             return True
@@ -275,11 +282,11 @@ class AdaptiveLimit:
         Returns:
             whether that refutes the rate: it refused the same number before. The limit may fall without that.
         """
-        if not accepted:
-            # Where it worked on nothing, it did not refuse for the number.
+        if not accepted or self._stagger.takes_more_than(accepted):
+            # Where it worked on nothing, or works on more, it did not refuse for the number.
             self._slow = False
             return False
-        if self._by_chance or accepted < 0.9 * self.limit - 2:
+        if self._by_chance or (accepted < 0.9 * self.limit - 2 and not self._tried):
             return False
         if self._alone_cut and accepted < 0.96 * self._alone_cut - 1:
             if now - self._alone_cut_at < SAME_REFUSALS_SECONDS:
@@ -305,7 +312,7 @@ class AdaptiveLimit:
     def _cut_alone(self, now: float, accepted: int) -> None:
         self._alone = 0
         self._alone_cut, self._alone_cut_at = accepted, now
-        self._resize(min(self._size, max(1.0, accepted * 0.97)), now)
+        self._resize(min(self._size, _just_below(accepted)), now)
         self._slow = True
         self._failed_again(now)
 
@@ -323,10 +330,7 @@ class AdaptiveLimit:
     def _resize(self, size: float, now: float) -> None:
         self._size = max(float(self.bounds.min), min(float(self.bounds.max), size))
         self._set_limit()
-        level = self._levels[-1]
-        if self._size >= 2 * level.limit or self._size < level.limit:
-            self._levels.append(_Level(self._size, now))
-            del self._levels[:-8]
+        self._throughput.resized(self._size, now)
 
     def _set_limit(self) -> None:
         self.limit = int(self._size)
@@ -334,6 +338,7 @@ class AdaptiveLimit:
         if self._people_until > -math.inf and knee.cap < math.inf:
             self.limit = max(self.bounds.min, min(self.limit, round(A_FEW_MORE * knee.without_line)))
         self.room = min(self.limit, self.bounds.min + int(self.limit * self._opened))
+        self.room = min(self.room, self._stagger.room(self.limit, None if self._announced else self._suspect))
 
     def _failed_again(self, now: float) -> None:
         """The limit that is known held: try it again later, and with one more."""
@@ -341,7 +346,7 @@ class AdaptiveLimit:
             # It is another one: how often the one before was tried tells nothing of it.
             self._known = self._size
             self._retry_seconds = RETRY_LIMIT_SECONDS
-        self._tried = False
+        self._tried = 0
         self._step = STEP
         self._schedule_retry(now)
 
@@ -351,19 +356,12 @@ class AdaptiveLimit:
 
     def _judge(self, now: float) -> None:
         """Stop growing where more in flight only made each answer slower."""
-        before: _Level | None = None
-        for level in self._levels:
-            throughput = level.throughput()
-            if throughput is None:
-                continue
-            if before is not None and level.limit > before.limit:
-                gain = throughput / (before.throughput() or throughput)
-                if gain < 1 + (WORTHWHILE - 1) * (level.limit / before.limit - 1):
-                    # As many as keep it busy at this throughput, were each answered as fast as before.
-                    took = before.seconds / before.answers
-                    size = max(throughput * took * 1.1, self._knee.shown)
-                    if size < self._size:
-                        self._resize(size, now)
-                        self._knee.found(took, size)
-                    return
-            before = level
+        in_vain = self._throughput.in_vain()
+        if in_vain is None:
+            return
+        throughput, took = in_vain
+        # As many as keep it busy at this throughput, were each answered as fast as before.
+        size = max(throughput * took * 1.1, self._knee.shown)
+        if size < self._size:
+            self._resize(size, now)
+            self._knee.found(took, size)

@@ -8,12 +8,15 @@ long nobody is overtaken; then times tell it.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+import math
+from bisect import bisect_left, bisect_right
 
 #: Calls that were sent within so many seconds of each other may arrive in another order.
 SAME_MOMENT_SECONDS = 0.02
 #: How many answers, at least, are looked back at.
 WINDOW = 32
+#: So few may be out that one more or less tells something else.
+FEW = 8
 
 
 class Overtaking:
@@ -38,8 +41,13 @@ class Overtaking:
         self._out.append(now)
         self._beside.append(len(self._out))
 
-    def ended(self, sent: float, *, answered: bool) -> int:
-        """A call has ended that was sent at that moment; return how many were out then."""
+    def ended(self, sent: float, *, answered: bool, crossed_since: float = math.inf) -> int:
+        """A call has ended that was sent at that moment; return how many were out then.
+
+        Args:
+            answered: whether it was worked on to the end.
+            crossed_since: those that were sent later crossed its answer on their way.
+        """
         out = self._out
         place = bisect_left(out, sent)
         if place == len(out) or out[place] != sent:
@@ -50,7 +58,14 @@ class Overtaking:
         del out[place]
         beside = self._beside.pop(place)
         if not answered:
+            # It was never worked on, or not to the end: the others were not beside it.
+            for later in range(place, len(out)):
+                self._beside[later] -= 1
             return beside
+        if len(out) < FEW:
+            # Of many, one more or less tells nothing.
+            for later in range(bisect_right(out, crossed_since), len(out)):
+                self._beside[later] -= 1
         overtaken = bisect_left(out, sent - SAME_MOMENT_SECONDS, hi=place)
         self._answers += 1
         self._most = max(self._most, overtaken + 1 if overtaken else 0)

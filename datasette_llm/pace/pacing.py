@@ -31,6 +31,8 @@ RESERVE_USED = 0.8
 ENOUGH_COUNTED = 3
 #: A refusal contradicts it that comes at less than this share of what was accepted before.
 CONTRADICTS = 0.9
+#: What is accepted within so many seconds before the first refusal ever is about what the bucket holds.
+AT_FIRST_SECONDS = 1.0
 #: How late a busy machine may be: what was not sent in that time is made up for.
 LATE_SECONDS = 0.1
 #: Refusals of single requests that contradict the rate, after which it is given up.
@@ -154,6 +156,9 @@ class FoundRate:
         self.bucket: Bucket | None = None
         self.measured = False
         self._refusals: list[_Refusal] = []
+        # How many were accepted at once before any was refused, while the provider's bucket was full.
+        self._held = math.inf
+        self._refused_before = False
         self._burst = math.inf
         self._empty_at = -math.inf
         self._accepted_at_empty = 0
@@ -179,6 +184,9 @@ class FoundRate:
             accepted_at: when the requests before it were sent that were accepted, in order.
             accepted: how many ever were.
         """
+        if not self._refused_before and accepted_at and empty_at - accepted_at[0] < AT_FIRST_SECONDS:
+            self._held = len(accepted_at)
+        self._refused_before = True
         self._calm_since = now
         self._probe_after = PROBE_AFTER_SECONDS
         self._most_came_in, self._unexplained = 0.0, 0
@@ -233,6 +241,7 @@ class FoundRate:
             return False
         unexplained = bucket.fill(now) > max(3.0, 0.2 * bucket.capacity) and self.measured
         bucket.level = min(bucket.level, 0.0)
+        burst = self._held if self._held < math.inf or self._burst >= 2 else self._burst
         seconds = now - self._empty_at
         tried_upward = now - self._calm_since > self._calm_seconds
         if not unexplained:
@@ -240,17 +249,19 @@ class FoundRate:
             if seconds > 0.3:
                 # From empty to empty: what was accepted is what came in.
                 since_empty = accepted - self._accepted_at_empty
-                came_in = rate = since_empty / seconds
-                if tried_upward and self._burst < 2:
-                    # But a bucket that holds one is full each time that none is sent, and what was let
-                    # through lately says more.
+                # One that holds one is never quite empty.
+                slack = 1 if burst < 2 else 0
+                came_in = rate = (since_empty + slack) / seconds
+                if tried_upward:
+                    # But a bucket that was full for a while has taken in less, and what was let through
+                    # lately says more.
                     lately = _Refusal(_windows(now, sent[max(0, len(sent) - since_empty) :]), None)
-                    rate = max(rate, lately.rate(self._burst))
+                    rate = max(rate, lately.rate(burst))
                 bucket.rate = max(0.5 * bucket.rate, min(bucket.rate, rate * SAFETY))
                 if seconds > 0.6:
                     self.measured = True
                     unexplained = came_in < CONTRADICTS * self._most_came_in
-                    self._most_came_in = max(self._most_came_in, came_in)
+                    self._most_came_in = max(self._most_came_in, (since_empty - slack) / seconds)
         if seconds > 2.0 or (unexplained and seconds > 0.3):
             self._empty_at, self._accepted_at_empty = now, accepted
         self._calm_since = now

@@ -215,7 +215,7 @@ class Throttle:
         self._cooldowns.sent(now)
         adaptive = slots.lane.adaptive
         if adaptive is not None:
-            adaptive.overtaking.sent(now)
+            adaptive.sent(now)
         if self.outage.active:
             self.outage.sent(now)
         if self.paced:
@@ -235,7 +235,7 @@ class Throttle:
         """Undo ``started()`` for a call that was cancelled before it began."""
         now = self.now()
         if slots.lane.adaptive is not None:
-            slots.lane.adaptive.overtaking.ended(started, answered=False)
+            slots.lane.adaptive.ended(now, started, answered=False)
         slots.in_use -= 1
         slots.lane.in_use -= 1
         self.in_use -= 1
@@ -287,7 +287,8 @@ class Throttle:
         beside = 1
         if lane.adaptive is not None:
             sent = now - seconds if started is None else started
-            beside = lane.adaptive.overtaking.ended(sent, answered=outcome.kind == "ok")
+            answered, refused = outcome.kind == "ok", outcome.kind == "throttled"
+            beside = lane.adaptive.ended(now, sent, answered=answered, refused=refused)
         if self.paced:
             # Which estimate was this call's is not known, only what all that run were estimated at.
             estimated = self._estimated_tokens / self.in_use

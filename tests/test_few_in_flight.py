@@ -39,6 +39,14 @@ async def test_a_cap_of_few_is_used_up(in_flight: int, latency: float) -> None:
     assert report.refused <= 10
 
 
+@pytest.mark.parametrize("in_flight", [2, 4, 7])
+async def test_a_cap_of_few_is_used_up_also_where_answers_are_slow(in_flight: int) -> None:
+    provider = SimulatedProvider(in_flight=in_flight, latency=60.0, retry_after=None, round_trip=0.05)
+    report = await send_all(provider, 100 * in_flight)
+    assert report.lost == 0
+    assert report.seconds <= 1.05 * 100 * 60
+
+
 @pytest.mark.parametrize("retry_after", [None, "exact"])
 @pytest.mark.parametrize("in_flight", [1, 2, 4])
 async def test_a_cap_is_no_rate_because_answers_cross_requests(

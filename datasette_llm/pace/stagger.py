@@ -13,6 +13,9 @@ import math
 FEW_IN_FLIGHT = 8
 #: How late a further one is sent, as a share of the time from one answer to the next.
 LATE_SHARE = 0.9
+#: The same in seconds, at most: a rate below one in that time is not told from a number. Where answers are
+#: slow, letting them in one by one would cost more than that.
+LATE_SECONDS = 2.0
 #: Weight of an answer in the mean of what they take.
 SMOOTHING = 0.2
 
@@ -64,7 +67,8 @@ class Stagger:
     @property
     def opens_at(self) -> float:
         """When one more is let in, if none is sent until then."""
-        return self._sent_at + LATE_SHARE * self.answer_seconds / max(1, self.let_in)
+        late = LATE_SHARE * self.answer_seconds / max(1, self.let_in)
+        return self._sent_at + min(late, LATE_SECONDS)
 
     def room(self, limit: int, suspect: float | None) -> int:
         """Return how many may be in flight.

@@ -111,8 +111,8 @@ class AdaptiveLimit:
         self._step = STEP
         # The number in flight that was found out last.
         self._known = 0.0
-        # Answers, while a greater number is being tried, and one: how many there were.
-        self._tried = 0
+        self._trying_more = False
+        self._more_answered = 0
         self._people_until = -math.inf
         # When the limit was known last to be about used up.
         self._used_at = -math.inf
@@ -155,7 +155,7 @@ class AdaptiveLimit:
         elif now >= self._retry_at:
             grown = self._size + max(self._step / STEP, self._size * self._step)
             self._resize(min(ceiling, grown, 2 * self._size + 1), now)
-            self._tried = 1
+            self._trying_more, self._more_answered = True, 0
             self._schedule_retry(now)
 
     def trust(self) -> None:
@@ -200,11 +200,11 @@ class AdaptiveLimit:
             self._used_at = now
         sent = now - seconds
         self._stagger.answered(now, seconds, beside)
-        if self._tried and beside >= self.limit:
-            self._tried += 1
-            if self._tried > max(2, self.limit):
+        if self._trying_more and beside >= self.limit:
+            self._more_answered += 1
+            if self._more_answered >= max(2, self.limit):
                 # More was accepted, so the limit is not where it was.
-                self._tried = 0
+                self._trying_more = False
                 self._step = min(2 * self._step, STEP_MAX)
                 self._retry_seconds = RETRY_LIMIT_SECONDS
                 self._schedule_retry(now)
@@ -286,7 +286,7 @@ class AdaptiveLimit:
             # Where it worked on nothing, or works on more, it did not refuse for the number.
             self._slow = False
             return False
-        if self._by_chance or (accepted < 0.9 * self.limit - 2 and not self._tried):
+        if self._by_chance or (accepted < 0.9 * self.limit - 2 and not self._trying_more):
             return False
         if self._alone_cut and accepted < 0.96 * self._alone_cut - 1:
             if now - self._alone_cut_at < SAME_REFUSALS_SECONDS:
@@ -346,7 +346,7 @@ class AdaptiveLimit:
             # It is another one: how often the one before was tried tells nothing of it.
             self._known = self._size
             self._retry_seconds = RETRY_LIMIT_SECONDS
-        self._tried = 0
+        self._trying_more = False
         self._step = STEP
         self._schedule_retry(now)
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 
+from .stagger import FEW_IN_FLIGHT
+
 #: Calls that were sent within so many seconds of each other may arrive in another order.
 SAME_MOMENT_SECONDS = 0.02
 #: How many answers, at least, are looked back at.
 WINDOW = 32
-#: So few may be out that one more or less tells something else.
-FEW = 8
 
 
 class Overtaking:
@@ -62,7 +62,7 @@ class Overtaking:
             for later in range(place, len(out)):
                 self._beside[later] -= 1
             return beside
-        if len(out) < FEW:
+        if len(out) < FEW_IN_FLIGHT:
             # Of many, one more or less tells nothing.
             for later in range(bisect_right(out, crossed_since), len(out)):
                 self._beside[later] -= 1
